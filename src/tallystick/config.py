@@ -1,0 +1,147 @@
+"""Settings: one frozen object, read from the environment once and passed down.
+
+`load_settings()` is the only reader of the environment. A missing or wrong value raises `SettingsError`, whose text
+names the variable, so that the start stops with one line instead of a traceback.
+"""
+
+from decimal import Decimal
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from tallystick.errors import SettingsError
+
+
+class Settings(BaseSettings):
+    """Everything that can be set, with its unit in its name. `docs/configuration.md` explains each one."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True, populate_by_name=True)
+
+    database_url: str = Field(validation_alias="DATABASE_URL")
+    redis_url: str = Field(validation_alias="REDIS_URL")
+    stripe_api_key: SecretStr = Field(validation_alias="STRIPE_API_KEY")
+    stripe_webhook_secret: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        validation_alias="STRIPE_WEBHOOK_SECRET", min_length=1
+    )
+    stripe_api_base: str = Field(default="https://api.stripe.com", validation_alias="STRIPE_API_BASE")
+    stripe_meter_events_base: str | None = Field(default=None, validation_alias="STRIPE_METER_EVENTS_BASE")
+
+    host: str = Field(default="127.0.0.1", validation_alias="TALLYSTICK_HOST")
+    port: int = Field(default=8080, ge=0, le=65535, validation_alias="TALLYSTICK_PORT")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO", validation_alias="TALLYSTICK_LOG_LEVEL"
+    )
+
+    worker_metrics_port: int = Field(default=0, ge=0, le=65535, validation_alias="TALLYSTICK_WORKER_METRICS_PORT")
+
+    database_pool_size: int = Field(default=10, ge=1, le=200, validation_alias="TALLYSTICK_DATABASE_POOL_SIZE")
+    stripe_timeout_seconds: int = Field(default=20, ge=1, le=80, validation_alias="TALLYSTICK_STRIPE_TIMEOUT_SECONDS")
+    stripe_calls_per_second: int = Field(
+        default=80, ge=1, le=10_000, validation_alias="TALLYSTICK_STRIPE_CALLS_PER_SECOND"
+    )
+
+    webhook_tolerance_seconds: int = Field(
+        default=300, ge=1, le=3600, validation_alias="TALLYSTICK_WEBHOOK_TOLERANCE_SECONDS"
+    )
+    customer_reference_key: str = Field(
+        default="tallystick_ref", min_length=1, max_length=40, validation_alias="TALLYSTICK_CUSTOMER_REFERENCE_KEY"
+    )
+
+    usage_dedupe_hours: int = Field(default=72, ge=24, le=840, validation_alias="TALLYSTICK_USAGE_DEDUPE_HOURS")
+    usage_buffer_max_bytes: int = Field(
+        default=256 * 1024 * 1024, ge=1024 * 1024, validation_alias="TALLYSTICK_USAGE_BUFFER_MAX_BYTES"
+    )
+    usage_retention_days: int = Field(default=400, ge=40, le=3660, validation_alias="TALLYSTICK_USAGE_RETENTION_DAYS")
+    seal_every_seconds: int = Field(default=3600, ge=1, le=86_400, validation_alias="TALLYSTICK_SEAL_EVERY_SECONDS")
+    seal_threshold: Decimal | None = Field(default=None, gt=0, validation_alias="TALLYSTICK_SEAL_THRESHOLD")
+    hold_without_subscription_hours: int = Field(
+        default=24, ge=0, le=720, validation_alias="TALLYSTICK_HOLD_WITHOUT_SUBSCRIPTION_HOURS"
+    )
+
+    portal_return_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), validation_alias="TALLYSTICK_PORTAL_RETURN_ORIGINS"
+    )
+
+    @field_validator("stripe_webhook_secret", mode="before")
+    @classmethod
+    def _split_secrets(cls, value: object) -> object:
+        """Several secrets, comma-separated, may be valid at once while one is being rolled."""
+        return _split(value)
+
+    @field_validator("portal_return_origins", mode="before")
+    @classmethod
+    def _split_origins(cls, value: object) -> object:
+        return _split(value)
+
+    @field_validator("stripe_webhook_secret")
+    @classmethod
+    def _secrets_look_right(cls, secrets: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        # An empty key is a valid HMAC key: whoever signs with it would be believed.
+        if any(len(secret.get_secret_value()) < 8 for secret in secrets):
+            raise ValueError("each secret must have at least 8 characters, as in whsec_…")
+        return secrets
+
+    @field_validator("portal_return_origins")
+    @classmethod
+    def _origins_are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            parts = urlsplit(origin)
+            if parts.scheme not in ("http", "https") or not parts.netloc or parts.path not in ("", "/") or parts.query:
+                raise ValueError(f"{origin!r} is not an origin such as https://app.example.com")
+        return tuple(origin.rstrip("/").lower() for origin in origins)
+
+    @field_validator("database_url")
+    @classmethod
+    def _database_is_postgres(cls, url: str) -> str:
+        scheme, separator, rest = url.partition("://")
+        if not separator or scheme.partition("+")[0] not in ("postgresql", "postgres"):
+            raise ValueError("must begin with postgresql://")
+        return f"postgresql+asyncpg://{rest}"
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_is_redis(cls, url: str) -> str:
+        if urlsplit(url).scheme not in ("redis", "rediss", "unix"):
+            raise ValueError("must begin with redis://, rediss:// or unix://")
+        return url
+
+    @field_validator("stripe_api_base", "stripe_meter_events_base")
+    @classmethod
+    def _base_is_url(cls, url: str | None) -> str | None:
+        if url is not None and urlsplit(url).scheme not in ("http", "https"):
+            raise ValueError("must begin with http:// or https://")
+        return url.rstrip("/") if url else None
+
+    @property
+    def livemode(self) -> bool:
+        """Whether the API key is a live one; events of the other mode are refused."""
+        return "_live_" in self.stripe_api_key.get_secret_value()
+
+
+def _split(value: object) -> object:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def setting_names() -> dict[str, str]:
+    """Environment variable → attribute, for every setting."""
+    return {str(field.validation_alias): name for name, field in Settings.model_fields.items()}
+
+
+def load_settings() -> Settings:
+    """Read the environment. Raises `SettingsError` whose one line names every variable that is missing or wrong."""
+    try:
+        return Settings()  # type: ignore[call-arg]  # the values come from the environment
+    except ValidationError as error:
+        raise SettingsError("; ".join(_explain(problem) for problem in error.errors(include_input=False))) from None
+
+
+def _explain(problem: object) -> str:
+    assert isinstance(problem, dict)
+    name = str(problem["loc"][0])
+    if problem["type"] == "missing":
+        return f"{name} is not set"
+    return f"{name}: {str(problem['msg']).removeprefix('Value error, ')}"

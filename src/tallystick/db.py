@@ -1,0 +1,116 @@
+"""PostgreSQL: the engine with its time limits, the migrations, and what counts as 'storage failed'."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from tallystick.config import Settings
+
+# Together they keep the worst case of one transaction below the 10 s after which a webhook sender should have its
+# answer.
+POOL_TIMEOUT_SECONDS = 2
+CONNECT_TIMEOUT_SECONDS = 2
+LOCK_TIMEOUT_MS = 3_000
+STATEMENT_TIMEOUT_MS = 5_000
+# The server enforces the statement's limit; this one is for a server that no longer answers at all.
+COMMAND_TIMEOUT_SECONDS = 7
+IDLE_IN_TRANSACTION_TIMEOUT_MS = 30_000
+
+MIGRATION_LOCK = 0x7A11  # any number, the same for every process that migrates this database
+
+
+def create_engine(settings: Settings, *, application_name: str) -> AsyncEngine:
+    """A pool of connections with every time limit set. Nothing is connected yet."""
+    return create_async_engine(
+        settings.database_url,
+        pool_size=settings.database_pool_size,
+        max_overflow=0,
+        pool_timeout=POOL_TIMEOUT_SECONDS,
+        # A connection cut while it was idle is replaced before it is used; a round trip is cheaper than a failed
+        # webhook.
+        pool_pre_ping=True,
+        pool_use_lifo=True,
+        # Errors are logged; what was sent with a statement (references, ids) is nobody's business there.
+        hide_parameters=True,
+        connect_args={
+            "timeout": CONNECT_TIMEOUT_SECONDS,
+            "command_timeout": COMMAND_TIMEOUT_SECONDS,
+            "server_settings": {
+                "application_name": application_name,
+                "timezone": "UTC",
+                "lock_timeout": str(LOCK_TIMEOUT_MS),
+                "statement_timeout": str(STATEMENT_TIMEOUT_MS),
+                "idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_TIMEOUT_MS),
+                # Planning the set-based statements anew costs more than running them; their plans do not depend on
+                # values.
+                "jit": "off",
+            },
+        },
+    )
+
+
+# SQLSTATE classes that say nothing against the statement itself: connection, resources, operator intervention, I/O,
+# transaction rollback, lock or statement timeout (55P03, 57014), read-only server (25006).
+_STORAGE_SQLSTATE = ("08", "53", "57", "58", "40", "55", "25006", "XX")
+
+
+def is_storage_failure(error: BaseException) -> bool:
+    """Whether an error means that PostgreSQL could not do its work, rather than that we asked for nonsense."""
+    if isinstance(error, PoolTimeout | TimeoutError | ConnectionError | OSError | InterfaceError | OperationalError):
+        return True
+    if isinstance(error, DBAPIError):
+        if error.connection_invalidated:
+            return True
+        sqlstate = getattr(error.orig, "sqlstate", None) or ""
+        return str(sqlstate).startswith(_STORAGE_SQLSTATE)
+    return False
+
+
+STORAGE_ERRORS = (SQLAlchemyError, OSError, TimeoutError)
+
+
+@asynccontextmanager
+async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """One transaction: committed at the end of the block, rolled back by an exception."""
+    async with engine.begin() as connection:
+        yield connection
+
+
+def migrations_folder() -> Path:
+    """`migrations/` of the checkout, or the copy inside the installed package."""
+    packaged = Path(__file__).parent / "migrations"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "migrations"
+
+
+def _alembic(connection: Connection | None = None) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(migrations_folder()).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    return config
+
+
+async def migrate(engine: AsyncEngine) -> None:
+    """Bring the schema up to date. Safe for several processes at once: the second waits, then finds nothing to do."""
+    async with transaction(engine) as connection:
+        await connection.execute(text("SET LOCAL lock_timeout = '60s'"))
+        await connection.execute(text("SET LOCAL statement_timeout = '60s'"))
+        await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
+        await connection.run_sync(lambda sync: command.upgrade(_alembic(sync), "head"))
+
+
+async def schema_is_current(connection: AsyncConnection) -> bool:
+    """Whether the database is at the newest migration that this code knows."""
+    from alembic.runtime.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+
+    newest = await asyncio.to_thread(lambda: ScriptDirectory.from_config(_alembic()).get_current_head())
+    return await connection.run_sync(lambda sync: MigrationContext.configure(sync).get_current_revision()) == newest

@@ -1,0 +1,155 @@
+"""The errors that cross module borders, and how each is shown over HTTP (RFC 9457).
+
+TallystickError
+├── SettingsError          the start is refused
+└── Problem                an HTTP answer `application/problem+json`
+    ├── InvalidRequest     400/422  the body or a parameter is wrong
+    ├── Untrusted          400      a webhook that cannot be trusted
+    ├── Unauthorized       401      no valid API key
+    ├── Forbidden          403      the key lacks the scope
+    ├── NotFound           404
+    ├── TooLarge           413
+    ├── TooBusy            429      the usage buffer is full
+    ├── StorageFailed      500      PostgreSQL failed; Stripe is to retry
+    ├── StripeRefused      502      Stripe answered with an error
+    └── Unavailable        503      a part is down; try again later
+"""
+
+from collections.abc import Mapping
+
+PROBLEM_TYPE_BASE = "urn:tallystick:problem:"
+PROBLEM_MEDIA_TYPE = "application/problem+json"
+
+
+class TallystickError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class SettingsError(TallystickError):
+    """A setting is missing or wrong; the text names it."""
+
+
+class Problem(TallystickError):
+    """An error with an HTTP answer. `type` is stable and documented; `title` is for people."""
+
+    status = 500
+    type = "internal-error"
+    title = "Something went wrong on our side"
+
+    def __init__(
+        self,
+        detail: str | None = None,
+        *,
+        field: str | None = None,
+        retry_after_seconds: int | None = None,
+        type: str | None = None,
+        status: int | None = None,
+    ) -> None:
+        super().__init__(detail or self.title)
+        self.detail = detail
+        self.field = field
+        self.retry_after_seconds = retry_after_seconds
+        self.type = type or self.type
+        self.status = status or self.status
+
+    def body(self) -> dict[str, object]:
+        """The members of RFC 9457, and `field` where one is to blame."""
+        members: dict[str, object] = {
+            "type": PROBLEM_TYPE_BASE + self.type,
+            "title": self.title,
+            "status": self.status,
+        }
+        if self.detail is not None:
+            members["detail"] = self.detail
+        if self.field is not None:
+            members["field"] = self.field
+        return members
+
+    def headers(self) -> Mapping[str, str]:
+        """`Retry-After` (RFC 9110, seconds) where waiting helps, and the challenge that RFC 9110 asks of a 401."""
+        headers: dict[str, str] = {}
+        if self.retry_after_seconds is not None:
+            headers["Retry-After"] = str(self.retry_after_seconds)
+        if self.status == 401:
+            headers["WWW-Authenticate"] = 'Bearer realm="tallystick"'
+        return headers
+
+
+class InvalidRequest(Problem):
+    """The body or a parameter is wrong; sending it again as it is will not help."""
+
+    status = 422
+    type = "invalid-request"
+    title = "The request is not valid"
+
+
+class Untrusted(Problem):
+    """A webhook whose sender or content cannot be believed."""
+
+    status = 400
+    type = "webhook-not-trusted"
+    title = "The webhook could not be verified"
+
+
+class Unauthorized(Problem):
+    """No API key, or one that is not valid."""
+
+    status = 401
+    type = "unauthorized"
+    title = "A valid API key is needed"
+
+
+class Forbidden(Problem):
+    """The API key lacks the scope."""
+
+    status = 403
+    type = "forbidden"
+    title = "The API key may not do this"
+
+
+class NotFound(Problem):
+    """The path, or the thing it names, is not known."""
+
+    status = 404
+    type = "not-found"
+    title = "There is nothing here"
+
+
+class TooLarge(Problem):
+    """The body exceeds its limit."""
+
+    status = 413
+    type = "too-large"
+    title = "The request body is too large"
+
+
+class TooBusy(Problem):
+    """Taking more would exceed a limit; waiting helps."""
+
+    status = 429
+    type = "too-busy"
+    title = "Too much usage is waiting; send it again later"
+
+
+class StorageFailed(Problem):
+    """PostgreSQL failed while a webhook was being stored."""
+
+    status = 500
+    type = "storage-failed"
+    title = "The change could not be stored; send it again"
+
+
+class StripeRefused(Problem):
+    """Stripe understood the request and refused it."""
+
+    status = 502
+    type = "stripe-refused"
+    title = "Stripe refused the request"
+
+
+class Unavailable(Problem):
+    """PostgreSQL, Redis or Stripe is away; waiting helps."""
+
+    status = 503
+    type = "unavailable"
+    title = "A part of the service is not available; try again later"

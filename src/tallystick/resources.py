@@ -1,0 +1,37 @@
+"""What every flow needs, built once from the settings and passed down: the settings, PostgreSQL, Redis, Stripe."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from redis.asyncio import Redis
+from sqlalchemy.ext.asyncio import AsyncEngine
+from stripe import StripeClient
+
+from tallystick import db, redis_client, stripe_gateway
+from tallystick.config import Settings
+
+
+@dataclass(frozen=True)
+class Resources:
+    """The open connections of one process."""
+
+    settings: Settings
+    engine: AsyncEngine
+    redis: Redis
+    stripe: StripeClient
+
+
+@asynccontextmanager
+async def open_resources(settings: Settings, *, application_name: str) -> AsyncIterator[Resources]:
+    """Build the clients, lend them, close them. A part may be down: nothing is connected before it is used."""
+    engine = db.create_engine(settings, application_name=application_name)
+    redis = redis_client.create_redis(settings)
+    stripe_connections = stripe_gateway.create_http_client(settings)
+    stripe = stripe_gateway.create_stripe(settings, stripe_connections)
+    try:
+        yield Resources(settings, engine, redis, stripe)
+    finally:
+        await stripe_gateway.close(stripe_connections)
+        await redis.aclose()
+        await engine.dispose()
