@@ -1,0 +1,1 @@
+"""Access: what a customer may use, decided from the mirror."""

@@ -1,0 +1,99 @@
+"""Changes: what an event, or an object fetched from Stripe, says about one mirrored object.
+
+One class a kind, with exactly the fields that the schema keeps, named as Stripe names them. Amounts, names, addresses
+and payloads have no place here.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from tallystick.mirror.marks import Mark
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What all kinds have. `needs_refresh`: this is not the whole truth; fetch the object."""
+
+    id: str
+    mark: Mark
+    needs_refresh: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomerChange(Change):
+    """`ref` is the product's own reference, from the customer's metadata."""
+
+    ref: str | None
+    delinquent: bool | None
+    default_payment_method: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductChange(Change):
+    """A product: whether it can be bought."""
+
+    active: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriceChange(Change):
+    """A price and, when it is metered, its meter."""
+
+    product: str | None
+    active: bool
+    type: str | None
+    usage_type: str | None
+    meter: str | None
+    lookup_key: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A subscription item. It has no mark: its subscription's mark guards it."""
+
+    id: str
+    price: str | None
+    current_period_start: datetime | None
+    current_period_end: datetime | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubscriptionChange(Change):
+    """A subscription with its items. `complete`: there are no others, so what is not listed is gone."""
+
+    customer: str
+    status: str
+    cancel_at_period_end: bool
+    cancel_at: datetime | None
+    canceled_at: datetime | None
+    ended_at: datetime | None
+    start_date: datetime | None
+    trial_end: datetime | None
+    pause_collection: str | None
+    collection_method: str | None
+    latest_invoice: str | None
+    items: tuple[Item, ...]
+    complete: bool
+    prices: tuple[PriceChange, ...]  # as embedded in the items: enough until the price itself is seen
+
+
+@dataclass(frozen=True, kw_only=True)
+class InvoiceChange(Change):
+    """`payment_failed_at` is a fact of its own: the latest one counts, whichever event has the last word otherwise."""
+
+    customer: str
+    subscription: str | None
+    status: str | None
+    billing_reason: str | None
+    collection_method: str | None
+    attempted: bool
+    period_start: datetime | None
+    period_end: datetime | None
+    created: datetime | None
+    finalized_at: datetime | None
+    next_payment_attempt: datetime | None
+    due_date: datetime | None
+    payment_failed_at: datetime | None = None
+
+
+AnyChange = CustomerChange | ProductChange | PriceChange | SubscriptionChange | InvoiceChange

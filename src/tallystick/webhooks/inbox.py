@@ -1,0 +1,391 @@
+"""`POST /webhooks/stripe`, from the raw body to the answer.
+
+    1. read and verify   at most 1 MiB, signed by Stripe with one of our secrets, now, for our account and mode
+    2. translate         what the event says about the mirror (a pure function)
+    3. commit a batch    events that wait together share one transaction: ids, the mirror, access, requests to seal
+    4. answer            200 after the commit; 500 when it failed, and Stripe sends the event again for three days
+
+Nothing is written before 1 holds. What a crash leaves behind: before the commit, nothing, and Stripe sends again;
+between the commit and the answer, everything, and the repeat is a duplicate. There is no state in between, because the
+event's id and its effect are one transaction.
+"""
+
+import asyncio
+import json
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from time import perf_counter
+from traceback import format_tb
+from typing import Any, Literal, NoReturn
+
+import stripe
+import structlog
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from tallystick import db
+from tallystick.access.state import recompute_access
+from tallystick.bodies import read_body
+from tallystick.config import Settings
+from tallystick.errors import Problem, StorageFailed, Untrusted
+from tallystick.metrics import WEBHOOK_BATCH_SIZE, WEBHOOK_EVENTS, WEBHOOK_REFUSED, WEBHOOK_SECONDS
+from tallystick.mirror.apply import apply_changes
+from tallystick.mirror.changes import InvoiceChange
+from tallystick.resources import Resources
+from tallystick.usage.sealing_requests import request_seals
+from tallystick.webhooks.translate import IGNORED, Translation, id_of, instant, translate
+from tallystick.webhooks.translate import text as usable_text
+
+log = structlog.get_logger()
+
+Verdict = Literal["applied", "stale", "duplicate", "ignored", "quarantined"]
+
+# Stripe's largest events (invoices with many lines) have some hundred kilobytes.
+MAX_BODY_BYTES = 1024 * 1024
+
+# More in one transaction would make the first of them wait longer without making the rest much cheaper.
+BATCH_SIZE = 64
+# While one batch waits for its commit, the next is on its way; a third would mostly wait for the same locks.
+BATCHES_AT_ONCE = 2
+# Some seconds of work. Whoever comes later is better served by Stripe's own retry than by a timeout.
+MAX_WAITING = 2_000
+
+# A transaction ends before the answer is due, and the answer before the 10 s after which a sender may have given up.
+COMMIT_WITHIN_SECONDS = 8
+ANSWER_WITHIN_SECONDS = 9
+STOP_WITHIN_SECONDS = 10
+
+# Stripe tries again with growing pauses, so that this many failures of our own making are an hour or more apart.
+FAILURES_BEFORE_QUARANTINE = 5
+
+# Also forgets earlier failures of the events: they are handled now.
+RECORD_EVENTS = text("""
+    WITH handled AS (DELETE FROM stripe_event_failures WHERE id = ANY(:ids))
+    INSERT INTO stripe_events (id, type, livemode, api_version, object_id, created, verdict, error)
+    SELECT * FROM json_to_recordset(CAST(:rows AS json))
+               AS r(id text, type text, livemode boolean, api_version text, object_id text, created timestamptz,
+                    verdict text, error text)
+     ORDER BY id
+    ON CONFLICT (id) DO NOTHING
+    RETURNING id
+""")
+
+NOTE_STALE = text("UPDATE stripe_events SET verdict = 'stale' WHERE id = ANY(:ids)")
+
+COUNT_FAILURE = text("""
+    INSERT INTO stripe_event_failures AS t (id, type, failures, error) VALUES (:id, :type, 1, :error)
+    ON CONFLICT (id) DO UPDATE SET failures = t.failures + 1, error = excluded.error, last_at = now()
+    RETURNING failures
+""")
+
+
+@dataclass(frozen=True)
+class StripeEvent:
+    """An event that was verified: what is recorded of it, and its body, which is not."""
+
+    id: str
+    type: str
+    livemode: bool
+    api_version: str | None
+    object_id: str | None
+    created: datetime
+    body: Mapping[str, Any]
+
+
+async def receive_webhook(request: Request) -> Response:
+    """Take one event from Stripe (https://docs.stripe.com/webhooks).
+
+    200 `{"verdict": …}` once it is committed: `applied`, `stale` (the mirror knows something newer), `duplicate`,
+    `ignored` (nothing of it is mirrored) or `quarantined` (it could not be understood). Problems: 400 it cannot be
+    trusted or is not for us, 413 it is too large, 500 it could not be stored.
+    """
+    resources: Resources = request.app.state.resources
+    inbox: Inbox = request.app.state.inbox
+    try:
+        raw = await read_body(request, MAX_BODY_BYTES)
+        event = read_event(raw, request.headers.get("stripe-signature"), resources.settings, datetime.now(UTC))
+        started = perf_counter()
+        verdict = await inbox.submit(event)
+    except ClientDisconnect:
+        return Response(status_code=400)  # it hung up before its body was here, so nobody reads this
+    except Problem as problem:
+        WEBHOOK_REFUSED.labels(problem.type).inc()
+        log.warning("stripe_event_refused", reason=problem.type)
+        raise
+    WEBHOOK_SECONDS.observe(perf_counter() - started)
+    WEBHOOK_EVENTS.labels(verdict).inc()
+    log.info("stripe_event", id=event.id, type=event.type, verdict=verdict)
+    return JSONResponse({"verdict": verdict})
+
+
+# 1. Read and verify
+
+
+def read_event(raw: bytes, signature: str | None, settings: Settings, now: datetime) -> StripeEvent:
+    """Verify a body with its `Stripe-Signature` header and read the event from it. Raises `Untrusted` (400)."""
+    try:
+        body = raw.decode()
+    except UnicodeDecodeError:
+        _refuse("webhook-body-invalid", "The body is not UTF-8.")
+    _verify(body, signature, settings, now)
+    event = _parse(body)
+    created = event.get("created")
+    match event.get("object"):
+        case "event":
+            at, subject = instant(created), _object(event.get("data")).get("object")
+        case "v2.core.event":  # a thin event carries only a link to its object
+            at, subject = _rfc3339(created), event.get("related_object")
+        case _:
+            _refuse("webhook-body-invalid", "The body is not an event.")
+    event_id, type_, livemode = usable_text(event.get("id")), usable_text(event.get("type")), event.get("livemode")
+    if event_id is None or type_ is None or at is None or not isinstance(livemode, bool):
+        _refuse("webhook-body-invalid", "The event lacks a usable id, type, created or livemode.")
+    if livemode is not settings.livemode:
+        _refuse("webhook-wrong-mode", "Live and test events go to the endpoint whose API key has their mode.")
+    if event.get("account") is not None:
+        _refuse("webhook-account-not-served", "Events of connected accounts are not served here.")
+    return StripeEvent(event_id, type_, livemode, usable_text(event.get("api_version")), id_of(subject), at, event)
+
+
+def _verify(body: str, header: str | None, settings: Settings, now: datetime) -> None:
+    # The SDK compares signatures as ASCII, and raises TypeError for anything else.
+    if header is None or not header.isascii():
+        _refuse("webhook-signature-invalid", "There is no Stripe-Signature header, or it is malformed.")
+    for secret in settings.stripe_webhook_secret:
+        try:
+            stripe.WebhookSignature.verify_header(body, header, secret.get_secret_value())
+        except stripe.SignatureVerificationError:
+            continue
+        break
+    else:
+        _refuse("webhook-signature-invalid", "The signature fits none of the endpoint's secrets.")
+    # The SDK would check the age only into the past. That it verified the header means that `t` is a number.
+    signed_at = int(next(part[2:] for part in header.split(",") if part.startswith("t=")))
+    age = int(now.timestamp()) - signed_at
+    if age > settings.webhook_tolerance_seconds:
+        _refuse("webhook-too-old", "It was signed too long ago; Stripe signs every retry afresh.")
+    if age < -settings.webhook_tolerance_seconds:
+        _refuse("webhook-from-the-future", "It was signed in the future; is this machine's clock right?")
+
+
+def _parse(body: str) -> dict[str, Any]:
+    try:
+        event = json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        _refuse("webhook-body-invalid", "The body is not JSON.")
+    if not isinstance(event, dict):
+        _refuse("webhook-body-invalid", "The body is not a JSON object.")
+    return event
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _refuse(reason: str, detail: str) -> NoReturn:
+    raise Untrusted(detail, type=reason) from None
+
+
+def _object(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _rfc3339(value: object) -> datetime | None:
+    try:
+        at = datetime.fromisoformat(value) if isinstance(value, str) else None
+    except ValueError:
+        return None
+    return at.astimezone(UTC) if at is not None and at.tzinfo is not None else None
+
+
+# 2 and 3. Translate, and commit a batch
+
+
+async def record_events(
+    connection: AsyncConnection, events: Sequence[StripeEvent], reference_key: str, now: datetime
+) -> list[Verdict]:
+    """Record events and what they change, in the caller's transaction; one verdict for each event, in order."""
+    translations = {event.id: _translate(event, reference_key) for event in events}
+    result = await connection.execute(
+        RECORD_EVENTS,
+        {
+            "ids": sorted(translations),
+            "rows": json.dumps([_event_row(event, translations[event.id]) for event in _first_copies(events)]),
+        },
+    )
+    fresh = set(result.scalars())
+    new = [event for event in _first_copies(events) if event.id in fresh]
+    changes = [change for event in new if (change := translations[event.id].change) is not None]
+    applied = await apply_changes(connection, changes)
+    await request_seals(connection, _drafts(new, translations))
+    await recompute_access(connection, applied.customers, now)
+    verdicts = {event.id: _verdict(translations[event.id], written=event.id in applied.events) for event in new}
+    stale = sorted(event_id for event_id, verdict in verdicts.items() if verdict == "stale")
+    if stale:
+        await connection.execute(NOTE_STALE, {"ids": stale})
+    # The first copy of an event in the batch has its verdict; every other is a duplicate.
+    return [verdicts.pop(event.id, "duplicate") for event in events]
+
+
+def _translate(event: StripeEvent, reference_key: str) -> Translation:
+    return translate(event.body, reference_key) if event.body["object"] == "event" else IGNORED
+
+
+def _first_copies(events: Sequence[StripeEvent]) -> list[StripeEvent]:
+    return list({event.id: event for event in reversed(events)}.values())
+
+
+def _verdict(translation: Translation, *, written: bool) -> Verdict:
+    if translation.unusable is not None:
+        return "quarantined"
+    if translation.change is None:
+        return "ignored"
+    return "applied" if written else "stale"
+
+
+def _event_row(event: StripeEvent, translation: Translation) -> dict[str, object]:
+    return {
+        "id": event.id,
+        "type": event.type,
+        "livemode": event.livemode,
+        "api_version": event.api_version,
+        "object_id": event.object_id,
+        "created": event.created.isoformat(),
+        "verdict": _verdict(translation, written=True),
+        "error": translation.unusable,
+    }
+
+
+def _drafts(events: Sequence[StripeEvent], translations: Mapping[str, Translation]) -> dict[str, str]:
+    """The invoices that were just drafted, by customer: their usage is to be told to Stripe while they are drafts."""
+    created = [translations[event.id].change for event in events if event.type == "invoice.created"]
+    return {
+        change.customer: change.id
+        for change in created
+        if isinstance(change, InvoiceChange) and change.status == "draft"
+    }
+
+
+class Inbox:
+    """Verified events that wait for their commit, and the tasks that commit them."""
+
+    def __init__(self, resources: Resources) -> None:
+        self._resources = resources
+        self._waiting: deque[tuple[StripeEvent, asyncio.Future[Verdict]]] = deque()
+        self._arrived = asyncio.Condition()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._open = False
+
+    async def start(self) -> None:
+        """Begin to take events."""
+        self._open = True
+        self._tasks = [asyncio.create_task(self._run(), name="webhooks") for _ in range(BATCHES_AT_ONCE)]
+
+    async def stop(self) -> None:
+        """Commit what was taken and take no more. What cannot be committed in time, Stripe sends again."""
+        async with self._arrived:
+            self._open = False
+            self._arrived.notify_all()
+        _, unfinished = await asyncio.wait(self._tasks, timeout=STOP_WITHIN_SECONDS)
+        for task in unfinished:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._fail(list(self._waiting), StorageFailed("The service is stopping."))
+
+    async def submit(self, event: StripeEvent) -> Verdict:
+        """Wait until the event is committed. Raises `StorageFailed` when it was not, or not in time.
+
+        A caller that goes away changes nothing: the event is committed with its batch.
+        """
+        committed: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(ANSWER_WITHIN_SECONDS):
+                async with self._arrived:
+                    if not self._open:
+                        raise StorageFailed("The service is stopping.")
+                    if len(self._waiting) >= MAX_WAITING:
+                        raise StorageFailed("Too many events are waiting.")
+                    self._waiting.append((event, committed))
+                    self._arrived.notify()
+                return await committed
+        except TimeoutError:
+            # It may be committed yet: then the repeat is a duplicate.
+            raise StorageFailed("PostgreSQL took too long.") from None
+
+    async def _run(self) -> None:
+        while batch := await self._take():
+            WEBHOOK_BATCH_SIZE.observe(len(batch))
+            await self._settle(batch)
+
+    async def _take(self) -> list[tuple[StripeEvent, asyncio.Future[Verdict]]]:
+        async with self._arrived:
+            await self._arrived.wait_for(lambda: self._waiting or not self._open)
+            return [self._waiting.popleft() for _ in range(min(BATCH_SIZE, len(self._waiting)))]
+
+    async def _settle(self, batch: list[tuple[StripeEvent, asyncio.Future[Verdict]]]) -> None:
+        events = [event for event, _ in batch]
+        try:
+            verdicts = await self._commit(events)
+        except Exception as error:  # noqa: BLE001  the batch's edge: one bad event must not take the others along
+            if db.is_storage_failure(error):
+                log.warning("stripe_events_not_stored", events=len(batch), error=type(error).__name__)
+                self._fail(batch, StorageFailed())
+            elif len(batch) > 1:
+                for one in batch:
+                    await self._settle([one])
+            else:
+                await self._settle_failed(*batch[0], error)
+            return
+        for (_, committed), verdict in zip(batch, verdicts, strict=True):
+            _answer(committed, verdict)
+
+    async def _commit(self, events: Sequence[StripeEvent]) -> list[Verdict]:
+        reference_key = self._resources.settings.customer_reference_key
+        async with asyncio.timeout(COMMIT_WITHIN_SECONDS), db.transaction(self._resources.engine) as connection:
+            return await record_events(connection, events, reference_key, datetime.now(UTC))
+
+    async def _settle_failed(self, event: StripeEvent, committed: asyncio.Future[Verdict], error: Exception) -> None:
+        """A bug of ours: let Stripe try again some times, in case the next release knows better, then set it aside."""
+        # The error's text may repeat what was sent; its class and the lines of code say enough.
+        log.error(
+            "stripe_event_failed",
+            id=event.id,
+            type=event.type,
+            error=type(error).__name__,
+            traceback="".join(format_tb(error.__traceback__)),
+        )
+        try:
+            async with asyncio.timeout(COMMIT_WITHIN_SECONDS), db.transaction(self._resources.engine) as connection:
+                quarantined = await _count_failure(connection, event, type(error).__name__)
+        except db.STORAGE_ERRORS:
+            self._fail([(event, committed)], StorageFailed())
+            return
+        if quarantined:
+            log.error("stripe_event_quarantined", id=event.id, type=event.type, error=type(error).__name__)
+            _answer(committed, "quarantined")
+        else:
+            self._fail([(event, committed)], Problem("The event could not be handled; it is tried again."))
+
+    def _fail(self, batch: Sequence[tuple[StripeEvent, asyncio.Future[Verdict]]], problem: Problem) -> None:
+        for _, committed in batch:
+            if not committed.done():  # done: its request was cancelled, or gave up waiting
+                committed.set_exception(problem)
+
+
+def _answer(committed: asyncio.Future[Verdict], verdict: Verdict) -> None:
+    if not committed.done():
+        committed.set_result(verdict)
+
+
+async def _count_failure(connection: AsyncConnection, event: StripeEvent, error: str) -> bool:
+    """Count a failure of ours to handle an event; true when it is now in quarantine."""
+    counted = await connection.execute(COUNT_FAILURE, {"id": event.id, "type": event.type, "error": error})
+    if counted.scalar_one() < FAILURES_BEFORE_QUARANTINE:
+        return False
+    row = _event_row(event, Translation(unusable=error))
+    await connection.execute(RECORD_EVENTS, {"ids": [event.id], "rows": json.dumps([row])})
+    return True

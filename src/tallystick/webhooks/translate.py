@@ -1,0 +1,253 @@
+"""Translate: from Stripe's objects to changes of the mirror. Pure, and total: no object that Stripe could sign raises.
+
+An endpoint's `api_version` shapes its payloads, not the SDK in use. The fields read here moved in 2025-03-31.basil:
+
+    subscription.current_period_*   →  subscription.items.data[].current_period_*
+    invoice.subscription            →  invoice.parent.subscription_details.subscription
+
+Both places are read. Wherever an id is expected there may be the expanded object instead.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from tallystick.mirror.changes import (
+    AnyChange,
+    CustomerChange,
+    InvoiceChange,
+    Item,
+    PriceChange,
+    ProductChange,
+    SubscriptionChange,
+)
+from tallystick.mirror.marks import CREATED, FINAL, STUB, UPDATED, Mark
+
+# Stripe's ids have at most 255 characters (https://docs.stripe.com/upgrades). A longer text is not one, and would not
+# fit into an index.
+MAX_TEXT = 255
+MAX_REFERENCE = 100
+
+# The last whole second that a datetime can hold.
+MAX_TIMESTAMP = int(datetime.max.replace(tzinfo=UTC, microsecond=0).timestamp())
+
+FINAL_STATUSES = {"subscription": ("canceled", "incomplete_expired"), "invoice": ("paid", "void")}
+
+DELETIONS = ("customer.deleted", "product.deleted", "price.deleted", "invoice.deleted")
+
+
+@dataclass(frozen=True)
+class Translation:
+    """The change that an event makes, if any. `unusable`: why an object of a mirrored kind could not be understood."""
+
+    change: AnyChange | None = None
+    unusable: str | None = None
+
+
+IGNORED = Translation()
+
+
+def translate(event: Mapping[str, Any], reference_key: str) -> Translation:
+    """The change of the mirror that an event (https://docs.stripe.com/api/events/object) makes.
+
+    The event's `id`, `type` and `created` have been checked. Types that are not mirrored, and objects that have no id,
+    as in `invoice.upcoming`, make none. `reference_key` is the metadata key of the product's name for a customer.
+    """
+    type_ = event["type"]
+    payload = _object(_object(event.get("data")).get("object"))
+    kind = _kind_of(type_)
+    if type_ == "customer.subscription.deleted" and not is_final("subscription", payload):
+        payload = {**payload, "status": "canceled"}
+    if kind is None or payload.get("id") is None or payload.get("object", kind) != kind:
+        return IGNORED
+    mark = Mark(
+        deleted=type_ in DELETIONS or payload.get("deleted") is True,
+        created=instant(event["created"]) or STUB.created,
+        rank=FINAL if is_final(kind, payload) else CREATED if type_.endswith(".created") else UPDATED,
+        event=event["id"],
+    )
+    translation = translate_object(kind, payload, mark, reference_key)
+    if type_ == "invoice.payment_failed" and isinstance(translation.change, InvoiceChange):
+        return Translation(replace(translation.change, payment_failed_at=mark.created))
+    return translation
+
+
+def translate_object(kind: str, payload: Mapping[str, Any], mark: Mark, reference_key: str) -> Translation:
+    """The change that brings the mirror to this state of an object. `kind` is what Stripe calls it, in `object`."""
+    change: AnyChange | None
+    match kind:
+        case "customer":
+            change = _customer(payload, mark, reference_key)
+        case "product":
+            change = _product(payload, mark)
+        case "price":
+            change = _price(payload, mark)
+        case "subscription":
+            change = _subscription(payload, mark)
+        case "invoice":
+            change = _invoice(payload, mark)
+        case _:
+            return IGNORED
+    return Translation(change) if change is not None else Translation(unusable=f"no usable {kind}")
+
+
+def text(value: object, max_length: int = MAX_TEXT) -> str | None:
+    """A string that PostgreSQL can keep, else None: not empty, not too long, without NUL or half of a character."""
+    if not isinstance(value, str) or not 0 < len(value) <= max_length or "\x00" in value:
+        return None
+    return None if any("\ud800" <= character <= "\udfff" for character in value) else value
+
+
+def instant(value: object) -> datetime | None:
+    """Unix seconds as a UTC time, else None."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_TIMESTAMP:
+        return None
+    return datetime.fromtimestamp(value, UTC)
+
+
+def id_of(value: object) -> str | None:
+    """An id, given as such or as the expanded object."""
+    return text(value.get("id")) if isinstance(value, Mapping) else text(value)
+
+
+def is_final(kind: str, payload: Mapping[str, Any]) -> bool:
+    """Whether Stripe never moves the object out of the status that it has."""
+    return payload.get("status") in FINAL_STATUSES.get(kind, ())
+
+
+def _kind_of(event_type: str) -> str | None:
+    match event_type.split("."):
+        case ["customer", "created" | "updated" | "deleted"]:
+            return "customer"
+        case ["customer", "subscription", _]:
+            return "subscription"
+        case ["product" | "price" as kind, _]:
+            return kind
+        case ["invoice", _]:
+            return "invoice"
+        case _:
+            return None
+
+
+def _customer(payload: Mapping[str, Any], mark: Mark, reference_key: str) -> CustomerChange | None:
+    object_id = id_of(payload)
+    if object_id is None:
+        return None
+    return CustomerChange(
+        id=object_id,
+        mark=mark,
+        ref=text(_object(payload.get("metadata")).get(reference_key), MAX_REFERENCE),
+        delinquent=_flag(payload.get("delinquent")),
+        default_payment_method=id_of(_object(payload.get("invoice_settings")).get("default_payment_method")),
+    )
+
+
+def _product(payload: Mapping[str, Any], mark: Mark) -> ProductChange | None:
+    object_id = id_of(payload)
+    if object_id is None:
+        return None
+    return ProductChange(id=object_id, mark=mark, active=_flag(payload.get("active")) or False)
+
+
+def _price(payload: Mapping[str, Any], mark: Mark, *, needs_refresh: bool = False) -> PriceChange | None:
+    object_id = id_of(payload)
+    if object_id is None:
+        return None
+    recurring = _object(payload.get("recurring"))
+    return PriceChange(
+        id=object_id,
+        mark=mark,
+        needs_refresh=needs_refresh,
+        product=id_of(payload.get("product")),
+        active=_flag(payload.get("active")) or False,
+        type=text(payload.get("type")),
+        usage_type=text(recurring.get("usage_type")),
+        meter=id_of(recurring.get("meter")),
+        lookup_key=text(payload.get("lookup_key")),
+    )
+
+
+def _subscription(payload: Mapping[str, Any], mark: Mark) -> SubscriptionChange | None:
+    object_id, customer = id_of(payload), id_of(payload.get("customer"))
+    status = text(payload.get("status"))
+    if object_id is None or customer is None or status is None:
+        return None
+    listed = _object(payload.get("items"))
+    entries = [_object(entry) for entry in _list(listed.get("data"))]
+    # A list says `has_more` when it shows only its beginning, and a payload without one shows nothing.
+    complete = isinstance(listed.get("data"), list) and listed.get("has_more") is not True
+    return SubscriptionChange(
+        id=object_id,
+        mark=mark,
+        needs_refresh=not complete,
+        customer=customer,
+        status=status,
+        cancel_at_period_end=_flag(payload.get("cancel_at_period_end")) or False,
+        cancel_at=instant(payload.get("cancel_at")),
+        canceled_at=instant(payload.get("canceled_at")),
+        ended_at=instant(payload.get("ended_at")),
+        start_date=instant(payload.get("start_date")),
+        trial_end=instant(payload.get("trial_end")),
+        pause_collection=text(_object(payload.get("pause_collection")).get("behavior")),
+        collection_method=text(payload.get("collection_method")),
+        latest_invoice=id_of(payload.get("latest_invoice")),
+        items=tuple(item for entry in entries if (item := _item(entry, payload)) is not None),
+        complete=complete,
+        prices=tuple(price for entry in entries if (price := _embedded_price(entry)) is not None),
+    )
+
+
+def _item(entry: Mapping[str, Any], subscription: Mapping[str, Any]) -> Item | None:
+    item_id = id_of(entry)
+    if item_id is None:
+        return None
+    return Item(
+        id=item_id,
+        price=id_of(entry.get("price")) or id_of(entry.get("plan")),
+        current_period_start=instant(entry.get("current_period_start", subscription.get("current_period_start"))),
+        current_period_end=instant(entry.get("current_period_end", subscription.get("current_period_end"))),
+    )
+
+
+def _embedded_price(entry: Mapping[str, Any]) -> PriceChange | None:
+    # Only what never changes in a price is taken from here; for the rest it is fetched, once.
+    price = entry.get("price")
+    if not isinstance(price, Mapping):
+        return None
+    return _price({**price, "active": True, "lookup_key": None}, STUB, needs_refresh=True)
+
+
+def _invoice(payload: Mapping[str, Any], mark: Mark) -> InvoiceChange | None:
+    object_id, customer = id_of(payload), id_of(payload.get("customer"))
+    if object_id is None or customer is None:
+        return None
+    details = _object(_object(payload.get("parent")).get("subscription_details"))
+    return InvoiceChange(
+        id=object_id,
+        mark=mark,
+        customer=customer,
+        subscription=id_of(details.get("subscription")) or id_of(payload.get("subscription")),
+        status=text(payload.get("status")),
+        billing_reason=text(payload.get("billing_reason")),
+        collection_method=text(payload.get("collection_method")),
+        attempted=_flag(payload.get("attempted")) or False,
+        period_start=instant(payload.get("period_start")),
+        period_end=instant(payload.get("period_end")),
+        created=instant(payload.get("created")),
+        finalized_at=instant(_object(payload.get("status_transitions")).get("finalized_at")),
+        next_payment_attempt=instant(payload.get("next_payment_attempt")),
+        due_date=instant(payload.get("due_date")),
+    )
+
+
+def _object(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _flag(value: object) -> bool | None:
+    return value if isinstance(value, bool) else None

@@ -1,0 +1,131 @@
+"""Events as Stripe sends them, made by hand, and the ways to send them."""
+
+import json
+from collections.abc import Mapping
+from itertools import count
+from typing import Any
+
+import httpx
+import stripe
+from sqlalchemy import text
+
+from tallystick import db
+from tallystick.resources import Resources
+from tests.conftest import WEBHOOK_SECRET
+
+NOON = 1_760_000_000  # a whole second in 2025; all events of the tests lie around it
+_numbers = count(1)
+
+
+def event(
+    type_: str, payload: Mapping[str, Any], *, at: int = 0, id_: str | None = None, **changed: Any
+) -> dict[str, Any]:
+    """An event about an object, created `at` seconds after noon."""
+    return {
+        "id": id_ or f"evt_{next(_numbers):06}",
+        "object": "event",
+        "api_version": "2026-10-28.endive",
+        "created": NOON + at,
+        "livemode": False,
+        "type": type_,
+        "data": {"object": payload},
+    } | changed
+
+
+def customer(id_: str = "cus_1", **changed: Any) -> dict[str, Any]:
+    return {
+        "id": id_,
+        "object": "customer",
+        "delinquent": False,
+        "invoice_settings": {"default_payment_method": None},
+        "metadata": {},
+    } | changed
+
+
+def price(id_: str = "price_1", **changed: Any) -> dict[str, Any]:
+    return {
+        "id": id_,
+        "object": "price",
+        "active": True,
+        "lookup_key": None,
+        "product": "prod_1",
+        "recurring": {"interval": "month", "meter": "mtr_1", "usage_type": "metered"},
+        "type": "recurring",
+    } | changed
+
+
+def item(id_: str = "si_1", price_id: str = "price_1", start: int = 0, end: int = 2_592_000) -> dict[str, Any]:
+    return {
+        "id": id_,
+        "object": "subscription_item",
+        "current_period_start": NOON + start,
+        "current_period_end": NOON + end,
+        "price": price(price_id),
+    }
+
+
+def subscription(id_: str = "sub_1", status: str = "active", *, items: Any = None, **changed: Any) -> dict[str, Any]:
+    return {
+        "id": id_,
+        "object": "subscription",
+        "customer": "cus_1",
+        "status": status,
+        "cancel_at_period_end": False,
+        "collection_method": "charge_automatically",
+        "items": {"object": "list", "data": [item()] if items is None else items, "has_more": False},
+        "latest_invoice": None,
+        "pause_collection": None,
+        "start_date": NOON,
+    } | changed
+
+
+def invoice(id_: str = "in_1", status: str = "open", *, of: str | None = "sub_1", **changed: Any) -> dict[str, Any]:
+    parent = {"type": "subscription_details", "subscription_details": {"subscription": of}} if of else None
+    return {
+        "id": id_,
+        "object": "invoice",
+        "attempted": True,
+        "billing_reason": "subscription_cycle" if of else "manual",
+        "created": NOON,
+        "customer": "cus_1",
+        "parent": parent,
+        "period_start": NOON - 2_592_000,
+        "period_end": NOON,
+        "status": status,
+        "status_transitions": {"finalized_at": None},
+    } | changed
+
+
+def sign(body: str, *, secret: str = WEBHOOK_SECRET, at: int | None = None) -> dict[str, str]:
+    """The header that Stripe would send with this body."""
+    return {"Stripe-Signature": stripe.WebhookSignature.generate_signature_header(body, secret, at)}
+
+
+async def post(client: httpx.AsyncClient, sent: object) -> httpx.Response:
+    """Send a signed body to the application."""
+    body = json.dumps(sent)
+    return await client.post("/webhooks/stripe", content=body, headers=sign(body))
+
+
+async def deliver(client: httpx.AsyncClient, *events: Mapping[str, Any]) -> list[str]:
+    """Send events one after the other; the verdict of each."""
+    verdicts = []
+    for sent in events:
+        answer = await post(client, sent)
+        assert answer.status_code == 200, answer.text
+        verdicts.append(answer.json()["verdict"])
+    return verdicts
+
+
+async def read(resources: Resources, query: str, **parameters: object) -> list[dict[str, Any]]:
+    """Rows of the database as dictionaries."""
+    async with db.transaction(resources.engine) as connection:
+        return [dict(row) for row in (await connection.execute(text(query), parameters)).mappings()]
+
+
+async def read_access(client: httpx.AsyncClient, ref: str = "cus_1") -> tuple[str, str, list[str]]:
+    """What the application says of a customer: access, reason, prices."""
+    answer = await client.get(f"/v1/customers/{ref}/access")
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    return body["access"], body["reason"], body["prices"]
