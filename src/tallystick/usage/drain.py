@@ -1,0 +1,52 @@
+"""The drain: batches from Redis to the ledger. Any number of processes may drain at once.
+
+Read, commit, acknowledge, in this order. A crash before the commit leaves the batches unacknowledged, and another drain
+takes them over; a crash after it hands them out once more, and the ledger recognises every event.
+"""
+
+import os
+import socket
+from datetime import datetime, timedelta
+
+from tallystick import db
+from tallystick.resources import Resources
+from tallystick.usage.buffer import Entry, acknowledge, read_entries
+from tallystick.usage.ledger import record_events
+
+# At most this many requests' batches a transaction: 200 times 1,000 events would be a long one, and is rare.
+ENTRIES_PER_TRANSACTION = 200
+MAX_EVENTS_PER_TRANSACTION = 20_000
+
+# Longer than any transaction may take (db.py), so that a batch is taken over only from a drain that has died.
+RECLAIM_AFTER = timedelta(seconds=15)
+
+CONSUMER = f"{socket.gethostname()}:{os.getpid()}"
+
+
+async def drain(resources: Resources, now: datetime, *, reclaim_after: timedelta = RECLAIM_AFTER) -> int:
+    """Move all that waits in Redis into the ledger; how many events were read. `now` is every loop's argument."""
+    drained = 0
+    while entries := await read_entries(
+        resources.redis, CONSUMER, ENTRIES_PER_TRANSACTION, reclaim_after=reclaim_after
+    ):
+        for batch in _split(entries):
+            events = [event for entry in batch for event in entry.events]
+            async with db.transaction(resources.engine) as connection:
+                await record_events(connection, events, accepted_already=True)
+            # Died here: the batch is committed and will come again; every event in it is then a duplicate.
+            await acknowledge(resources.redis, batch)
+            drained += len(events)
+    return drained
+
+
+def _split(entries: list[Entry]) -> list[list[Entry]]:
+    """Cut a reading into transactions of a bounded number of events."""
+    batches: list[list[Entry]] = []
+    size = MAX_EVENTS_PER_TRANSACTION
+    for entry in entries:
+        if size + len(entry.events) > MAX_EVENTS_PER_TRANSACTION:
+            batches.append([])
+            size = 0
+        batches[-1].append(entry)
+        size += len(entry.events)
+    return batches

@@ -1,0 +1,136 @@
+"""Stripe's meters: which names usage may be posted for, and how each is told to Stripe."""
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+import structlog
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tallystick import db, stripe_gateway
+from tallystick.errors import Unavailable
+from tallystick.resources import Resources
+
+log = structlog.get_logger()
+
+# How long a change in the table may take to be seen by a process.
+READ_EVERY = timedelta(seconds=15)
+# A name that nobody knows must not become a call to Stripe for each event that carries it.
+ASK_STRIPE_EVERY = timedelta(seconds=10)
+
+LONG_AGO = datetime.min.replace(tzinfo=UTC)
+
+
+@dataclass(frozen=True)
+class Meter:
+    """A meter as Stripe describes it. `customer_key` and `value_key` are the payload's keys."""
+
+    id: str
+    event_name: str
+    formula: str
+    customer_key: str
+    value_key: str
+    event_time_window: str | None
+    status: str
+
+    def refusal(self) -> str | None:
+        """Why usage for this meter cannot be taken, or None."""
+        if self.status != "active":
+            return f"The meter {self.event_name!a} is not active at Stripe."
+        if self.formula != "sum":
+            return (
+                f"The meter {self.event_name!a} has the formula {self.formula!a}; only sums can be folded by the hour."
+            )
+        if self.event_time_window is not None:
+            return (
+                f"The meter {self.event_name!a} has a time window of a {self.event_time_window}: a later event would"
+                " replace an earlier one instead of adding to it."
+            )
+        return None
+
+
+@dataclass
+class MeterCache:
+    """The table of meters as last read by this process."""
+
+    meters: dict[str, Meter] = field(default_factory=dict)
+    read_at: datetime = LONG_AGO
+    asked_at: datetime = LONG_AGO
+
+
+async def find_meters(cache: MeterCache, resources: Resources, names: set[str], now: datetime) -> dict[str, Meter]:
+    """The meters of these names; a name that is missing in the answer is unknown at Stripe too.
+
+    Raises `Unavailable` when a name is unknown here and Stripe could not be asked: the caller is to try again, since
+    refusing the event might lose it.
+    """
+    if now - cache.read_at >= READ_EVERY:
+        await _read_table(cache, resources, now)
+    if names <= cache.meters.keys() or now - cache.asked_at < ASK_STRIPE_EVERY:
+        return {name: cache.meters[name] for name in names & cache.meters.keys()}
+    try:
+        await refresh_meters(resources, now)
+    except stripe_gateway.STRIPE_ERRORS as error:
+        raise Unavailable(
+            "A meter is not known here and Stripe could not be asked for it.",
+            type="stripe-unavailable",
+            retry_after_seconds=5,
+        ) from error
+    cache.asked_at = now
+    await _read_table(cache, resources, now)
+    return {name: cache.meters[name] for name in names & cache.meters.keys()}
+
+
+async def refresh_meters(resources: Resources, now: datetime) -> int:
+    """List the account's meters and keep what is needed of each; how many there are. Raises Stripe's errors."""
+    page = await resources.stripe.v1.billing.meters.list_async({"limit": 100})
+    meters = [meter async for meter in page.auto_paging_iter()]
+    async with db.transaction(resources.engine) as connection:
+        for meter in meters:
+            await connection.execute(
+                text("""
+                    INSERT INTO meters (id, event_name, formula, customer_key, value_key, event_time_window, status,
+                                        refreshed_at)
+                    VALUES (:id, :event_name, :formula, :customer_key, :value_key, :event_time_window, :status, :now)
+                    ON CONFLICT (id) DO UPDATE SET
+                        event_name = excluded.event_name, formula = excluded.formula,
+                        customer_key = excluded.customer_key, value_key = excluded.value_key,
+                        event_time_window = excluded.event_time_window, status = excluded.status,
+                        refreshed_at = excluded.refreshed_at
+                """),
+                {
+                    "id": meter.id,
+                    "event_name": meter.event_name,
+                    "formula": meter.default_aggregation.formula,
+                    "customer_key": meter.customer_mapping.event_payload_key,
+                    "value_key": meter.value_settings.event_payload_key,
+                    "event_time_window": meter.event_time_window,
+                    "status": meter.status,
+                    "now": now,
+                },
+            )
+    return len(meters)
+
+
+async def read_meters(connection: AsyncConnection) -> dict[str, Meter]:
+    """The table of meters by event name; where a name was used twice, the active meter has it."""
+    rows = await connection.execute(
+        text("""
+            SELECT DISTINCT ON (event_name)
+                   id, event_name, formula, customer_key, value_key, event_time_window, status
+              FROM meters ORDER BY event_name, status = 'active' DESC, refreshed_at DESC, id
+        """)
+    )
+    return {row.event_name: Meter(*row) for row in rows}
+
+
+async def _read_table(cache: MeterCache, resources: Resources, now: datetime) -> None:
+    try:
+        async with db.transaction(resources.engine) as connection:
+            cache.meters = await read_meters(connection)
+    except db.STORAGE_ERRORS as error:
+        # PostgreSQL is away: usage is still taken into Redis for the meters that this process knows.
+        if not cache.meters:
+            raise Unavailable("The list of meters cannot be read right now.", retry_after_seconds=2) from error
+        log.warning("meters_not_read", error=type(error).__name__)
+    cache.read_at = now

@@ -1,0 +1,1 @@
+"""How a delivery is told to Stripe. Each sender makes one call and translates its end into an `Outcome`."""

@@ -1,0 +1,79 @@
+"""What usage tests need to exist: a linked customer, a meter, events; written straight into the tables."""
+
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+
+from sqlalchemy import text
+
+from tallystick import db
+from tallystick.resources import Resources
+from tallystick.usage.conservation import Conservation, count_conservation
+from tallystick.usage.events import UsageEvent
+
+METER = "api_requests"
+CUSTOMER = "cus_acme"
+REF = "acme"
+
+
+def make_event(id: str = "e1", *, at: datetime | None = None, value: str = "1", **changed: object) -> UsageEvent:
+    now = datetime.now(UTC)
+    event = UsageEvent("tests", id, REF, METER, Decimal(value), at or now, at is None, now)
+    return event._replace(**changed)  # type: ignore[arg-type]
+
+
+async def make_customer(
+    resources: Resources,
+    *,
+    ref: str = REF,
+    customer: str = CUSTOMER,
+    boundaries: tuple[datetime, ...] = (),
+    subscribed: bool = True,
+) -> None:
+    async with db.transaction(resources.engine) as connection:
+        await connection.execute(
+            text("INSERT INTO customers (id, ref) VALUES (:id, :ref)"), {"id": customer, "ref": ref}
+        )
+        if subscribed:
+            await connection.execute(
+                text("INSERT INTO subscriptions (id, customer, status) VALUES (:id, :customer, 'active')"),
+                {"id": f"sub_{customer}", "customer": customer},
+            )
+    await make_boundaries(resources, *boundaries, customer=customer)
+
+
+async def make_boundaries(resources: Resources, *boundaries: datetime, customer: str = CUSTOMER) -> None:
+    async with db.transaction(resources.engine) as connection:
+        for at in boundaries:
+            await connection.execute(
+                text("INSERT INTO period_boundaries (customer, at) VALUES (:customer, :at)"),
+                {"customer": customer, "at": at},
+            )
+
+
+async def make_meter(resources: Resources, event_name: str = METER, **changed: str) -> None:
+    values = {"formula": "sum", "status": "active", "event_time_window": None} | changed
+    async with db.transaction(resources.engine) as connection:
+        await connection.execute(
+            text("""
+                INSERT INTO meters (id, event_name, formula, customer_key, value_key, event_time_window, status)
+                VALUES (:id, :event_name, :formula, 'stripe_customer_id', 'value', :event_time_window, :status)
+            """),
+            {"id": f"mtr_{event_name}", "event_name": event_name, **values},
+        )
+
+
+async def read_all(resources: Resources, query: str) -> list[tuple[object, ...]]:
+    async with db.transaction(resources.engine) as connection:
+        return [tuple(row) for row in await connection.execute(text(query))]
+
+
+async def conservation(resources: Resources) -> Conservation:
+    async with db.transaction(resources.engine) as connection:
+        counted = await count_conservation(connection)
+    assert counted.difference == 0
+    return counted
+
+
+def last_hour(minutes: int = 30) -> datetime:
+    """A whole minute within the last full hour: its bucket has ended."""
+    return datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - timedelta(minutes=60 - minutes)

@@ -1,0 +1,249 @@
+"""`POST /v1/usage` and `GET /v1/usage` as a product service sees them."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from tallystick import db
+from tallystick.auth import create_key
+from tallystick.config import Settings
+from tallystick.dev.embedded import EmbeddedValkey
+from tallystick.resources import Resources, open_resources
+from tallystick.usage.drain import drain
+from tests.conftest import FakeStripe, open_client
+from tests.usage.making import (
+    METER,
+    conservation,
+    last_hour,
+    make_boundaries,
+    make_customer,
+    make_event,
+    make_meter,
+    read_all,
+)
+
+NOW = datetime.now(UTC)
+
+
+@pytest.fixture(autouse=True)
+async def meter(resources: Resources) -> None:
+    await make_meter(resources)
+
+
+def event(id: str = "e1", **changed: object) -> dict[str, object]:
+    return {
+        "id": id,
+        "customer": "acme",
+        "meter": METER,
+        "value": "1.5",
+        "timestamp": last_hour().isoformat(),
+    } | changed
+
+
+async def test_one_event_or_many_are_accepted_and_repeats_are_counted(
+    client: httpx.AsyncClient, resources: Resources
+) -> None:
+    answer = await client.post("/v1/usage", json=event("a"))
+    assert (answer.status_code, answer.json()) == (202, {"accepted": 1, "duplicates": 0, "rejected": []})
+    answer = await client.post("/v1/usage", json=[event("a"), event("b"), event("c")])
+    assert (answer.status_code, answer.json()) == (202, {"accepted": 2, "duplicates": 1, "rejected": []})
+    await drain(resources, NOW)
+    assert (await conservation(resources)).accepted == Decimal("4.5")
+
+
+async def test_bad_events_are_named_by_index_and_the_good_ones_count(client: httpx.AsyncClient) -> None:
+    answer = await client.post(
+        "/v1/usage", json=[event("a", value="x"), event("b"), event("c", meter="unheard_of"), event("b", value=2)]
+    )
+    assert answer.status_code == 202
+    body = answer.json()
+    assert (body["accepted"], body["duplicates"]) == (1, 0)
+    assert [(bad["index"], bad["id"], bad["code"]) for bad in body["rejected"]] == [
+        (0, "a", "invalid_value"),
+        (2, "c", "unknown_meter"),
+        (3, "b", "conflict"),
+    ]
+
+
+async def test_only_bad_events_are_a_422(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/usage", json=[event("a", value="x")])
+    assert answer.status_code == 422
+    assert answer.json()["rejected"][0]["code"] == "invalid_value"
+
+
+async def test_a_meter_made_at_stripe_a_moment_ago_is_found(client: httpx.AsyncClient, fake_stripe: FakeStripe) -> None:
+    await fake_stripe.client.v1.billing.meters.create_async(
+        {"display_name": "New", "event_name": "new_meter", "default_aggregation": {"formula": "sum"}}
+    )
+    assert (await client.post("/v1/usage", json=event(meter="new_meter"))).status_code == 202
+
+
+async def test_while_stripe_cannot_be_asked_an_unknown_meter_is_not_refused_but_to_be_sent_again(
+    client: httpx.AsyncClient, fake_stripe: FakeStripe
+) -> None:
+    await fake_stripe.control.post(
+        "/_fake/faults", json={"method": "GET", "path": "/v1/billing/meters", "kind": "error_500", "times": None}
+    )
+    answer = await client.post("/v1/usage", json=event(meter="new_meter"))
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "5"
+    assert answer.json()["type"] == "urn:tallystick:problem:stripe-unavailable"
+
+
+async def test_without_redis_usage_goes_to_the_ledger_and_comes_back_once(
+    settings: Settings, resources: Resources, api_key: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The hard case: buffered, the answer lost, Redis stopped, the retry taken directly, Redis back and drained."""
+    from tallystick.app import create_app
+
+    valkey = EmbeddedValkey(tmp_path_factory.mktemp("own") / "valkey")
+    await asyncio.to_thread(valkey.start)
+    try:
+        own = settings.model_copy(update={"redis_url": valkey.url})
+        application = create_app(own)
+        async with application.router.lifespan_context(application), open_client(application, api_key) as client:
+            unstamped = event("without timestamp")
+            del unstamped["timestamp"]
+            batch = [event("a"), unstamped]
+            assert (await client.post("/v1/usage", json=batch)).json()["accepted"] == 2
+            await asyncio.to_thread(valkey.kill)
+
+            answer = await client.post("/v1/usage", json=[*batch, event("b")])
+            assert (answer.status_code, answer.json()["accepted"]) == (202, 3)
+            answer = await client.post("/v1/usage", json=[*batch, event("b", value="7")])
+            assert answer.json()["duplicates"] == 2
+            assert answer.json()["rejected"][0]["code"] == "conflict"
+
+            await asyncio.to_thread(valkey.start)
+            again: Resources = application.state.resources
+            await drain(again, NOW, reclaim_after=timedelta(0))
+            assert (await client.post("/v1/usage", json=[event("c")])).json()["accepted"] == 1
+            await drain(again, NOW)
+    finally:
+        await asyncio.to_thread(valkey.stop)
+    assert (await conservation(resources)).accepted == Decimal("6.0")
+    assert await read_all(resources, "SELECT * FROM usage_conflicts") == []
+
+
+async def test_with_neither_redis_nor_postgres_the_answer_is_503_and_says_when_to_come_back(
+    settings: Settings, resources: Resources, app: FastAPI, client: httpx.AsyncClient
+) -> None:
+    assert (await client.post("/v1/usage", json=event("before"))).status_code == 202
+    nowhere = settings.model_copy(
+        update={"database_url": "postgresql+asyncpg://127.0.0.1:1/none", "redis_url": "redis://127.0.0.1:1/0"}
+    )
+    working = app.state.resources
+    async with open_resources(nowhere, application_name="tests") as app.state.resources:
+        answer = await client.post("/v1/usage", json=event("during"))
+    app.state.resources = working
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "2"
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+async def test_a_body_over_a_mebibyte_is_refused(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/usage", content=b" " * (1024 * 1024 + 1))
+    assert (answer.status_code, answer.json()["type"]) == (413, "urn:tallystick:problem:too-large")
+
+    async def drip() -> object:
+        for _ in range(20):
+            yield b" " * 100_000
+
+    answer = await client.post("/v1/usage", content=drip())  # type: ignore[arg-type]
+    assert answer.status_code == 413
+
+
+@pytest.mark.parametrize(
+    "header", ["", "Bearer", "Bearer x", "Bearer tsk_ab_cd", "Basic dXNlcjpwYXNz", "Bearer tsk_é_é"]
+)
+async def test_without_a_valid_key_nothing_is_taken(anonymous: httpx.AsyncClient, header: str) -> None:
+    answer = await anonymous.post("/v1/usage", json=event(), headers={b"Authorization": header.encode("latin-1")})
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"].startswith("Bearer")
+    assert answer.json()["type"] == "urn:tallystick:problem:unauthorized"
+
+
+async def test_a_key_without_the_scope_is_refused_by_name(app: FastAPI, resources: Resources) -> None:
+    async with db.transaction(resources.engine) as connection:
+        key = await create_key(connection, name="reader", source="reader", scopes=["usage:read"])
+    async with open_client(app, key) as reader:
+        answer = await reader.post("/v1/usage", json=event())
+        assert answer.status_code == 403
+        assert "usage:write" in answer.json()["detail"]
+        assert (await reader.get("/v1/usage", params={"customer": "acme"})).status_code == 200
+
+
+async def record(resources: Resources, *events: object) -> None:
+    from tallystick.usage.ledger import record_events
+
+    async with db.transaction(resources.engine) as connection:
+        await record_events(connection, events, accepted_already=True)  # type: ignore[arg-type]
+
+
+async def test_usage_is_shown_by_window_under_every_name_of_the_customer(
+    client: httpx.AsyncClient, resources: Resources
+) -> None:
+    await make_customer(resources)
+    day = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=2)
+    await record(
+        resources,
+        make_event("a", at=day, value="1.5"),
+        make_event("b", at=day + timedelta(hours=23, minutes=59), value="2", customer_ref="cus_acme"),
+        make_event("c", at=day + timedelta(days=1), value="4"),
+        make_event("d", at=day, value="100", customer_ref="globex"),
+    )
+    window = {"from": day.isoformat(), "to": (day + timedelta(days=2)).isoformat()}
+    for name in ("acme", "cus_acme"):
+        answer = await client.get("/v1/usage", params={"customer": name, "meter": METER, "window": "day"} | window)
+        body = answer.json()
+        assert body["customer"] == "cus_acme"
+        assert [(row["start"], row["quantity"], row["events"]) for row in body["data"]] == [
+            (day.isoformat().replace("+00:00", "Z"), "3.5", 2),
+            ((day + timedelta(days=1)).isoformat().replace("+00:00", "Z"), "4", 1),
+        ]
+    by_hour = await client.get("/v1/usage", params={"customer": "acme", "window": "hour"} | window)
+    assert [row["quantity"] for row in by_hour.json()["data"]] == ["1.5", "2", "4"]
+
+
+async def test_a_window_ends_at_a_whole_hour_or_a_period_boundary_and_nowhere_else(
+    client: httpx.AsyncClient, resources: Resources
+) -> None:
+    await make_customer(resources)
+    boundary = last_hour(17) + timedelta(seconds=23)
+    await make_boundaries(resources, boundary)
+    await record(
+        resources,
+        make_event("a", at=boundary - timedelta(seconds=1), value="1"),
+        make_event("b", at=boundary, value="2"),
+    )
+    start = last_hour(0)
+    answer = await client.get(
+        "/v1/usage", params={"customer": "acme", "from": start.isoformat(), "to": boundary.isoformat()}
+    )
+    assert [row["quantity"] for row in answer.json()["data"]] == ["1"]
+    answer = await client.get(
+        "/v1/usage",
+        params={"customer": "acme", "from": start.isoformat(), "to": (boundary + timedelta(seconds=1)).isoformat()},
+    )
+    assert (answer.status_code, answer.json()["field"]) == (422, "to")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "field"),
+    [
+        ({}, "customer"),
+        ({"customer": "acme", "from": "yesterday"}, "from"),
+        ({"customer": "acme", "from": "2026-01-01T00:00:00"}, "from"),
+        ({"customer": "acme", "window": "week"}, "window"),
+        ({"customer": "acme", "from": "2026-02-01T00:00:00Z", "to": "2026-01-01T00:00:00Z"}, "to"),
+        ({"customer": "acme", "from": "0001-01-01T00:00:00Z", "to": "9999-01-01T00:00:00Z"}, "to"),
+    ],
+)
+async def test_a_wrong_parameter_is_named(client: httpx.AsyncClient, parameters: dict[str, str], field: str) -> None:
+    answer = await client.get("/v1/usage", params=parameters)
+    assert (answer.status_code, answer.json()["field"]) == (422, field)
+    assert answer.headers["content-type"] == "application/problem+json"
