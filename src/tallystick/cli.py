@@ -1,0 +1,299 @@
+"""The command line: one command a purpose, output for people, `--json` for programs.
+
+run, demo, fake-stripe       development: everything embedded, nothing to install
+serve, worker, migrate       production
+flush, conservation, keys    operation
+"""
+
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Coroutine
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tallystick.errors import TallystickError
+
+app = typer.Typer(
+    help="Usage-based billing beside Stripe: what was accepted is billed exactly once, and it can be proved.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+keys = typer.Typer(help="API keys of the services and frontends that call this one.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+T = TypeVar("T")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+DataFolder = Annotated[Path, typer.Option("--data", help="Where the embedded parts keep their data.")]
+
+
+def main() -> None:
+    """Entry point: errors raised on purpose end in one line on standard error and exit code 1."""
+    try:
+        app()
+    except TallystickError as error:
+        fail(str(error))
+
+
+def fail(message: str) -> NoReturn:
+    """Say in one line what is wrong, and stop."""
+    err.print(f"[bold red]error:[/] {message}", markup=True)
+    sys.exit(1)
+
+
+@app.command()
+def run(data: DataFolder = Path(".tallystick")) -> None:
+    """Start everything on this machine: PostgreSQL, Valkey, a fake Stripe, the API and a worker. Ctrl-C stops it.
+
+    With STRIPE_API_KEY and STRIPE_WEBHOOK_SECRET set it talks to Stripe instead of the fake one; with DATABASE_URL or
+    REDIS_URL set it uses those servers instead of its own.
+    """
+    from tallystick.dev.stack import run_until_stopped
+
+    _run_until_signal(lambda stop: run_until_stopped(data.resolve(), stop, out))
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(help="The same seed plays the same month.")] = 1,
+    customers: Annotated[int, typer.Option(min=3, max=200, help="How many customers.")] = 12,
+    json_: Json = False,
+) -> None:
+    """Play a month of business on embedded parts and prove that every invoice equals what was accepted."""
+    from tallystick.dev.demo import play_month
+
+    report = asyncio.run(play_month(seed=seed, customers=customers, console=err))
+    if json_:
+        out.print_json(json.dumps(report.as_json()))
+    else:
+        report.print(out)
+    sys.exit(0 if report.good else 1)
+
+
+@app.command("fake-stripe")
+def fake_stripe(
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to listen on.")] = 12111,
+    state: Annotated[Path | None, typer.Option(help="Keep its state in this file; without it, in memory.")] = None,
+    seed: Annotated[int, typer.Option(help="For its ids and its misbehaviour.")] = 0,
+) -> None:
+    """Run only the fake Stripe, to develop against without an account (see docs/fake-stripe.md)."""
+    from tallystick.dev.fake_stripe.server import serve_fake_stripe
+
+    serve_fake_stripe(host, port, state, seed)
+
+
+@app.command()
+def serve() -> None:
+    """Serve the HTTP API on TALLYSTICK_HOST and TALLYSTICK_PORT."""
+    import uvicorn
+
+    from tallystick.app import create_app
+    from tallystick.config import load_settings
+    from tallystick.logs import configure_logs
+
+    settings = load_settings()
+    configure_logs(settings.log_level)
+    uvicorn.run(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http="httptools",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        # Longer than the slowest request that may still be waiting for its commit (see db.py).
+        timeout_graceful_shutdown=15,
+        # Above the usual 60 s of load balancers: whoever closes first must not be us, in the middle of a request.
+        timeout_keep_alive=75,
+    )
+
+
+@app.command()
+def worker() -> None:
+    """Run the background loops: ledger, sealing, deliveries to Stripe, refreshing the mirror."""
+    from prometheus_client import start_http_server
+
+    from tallystick.config import load_settings
+    from tallystick.logs import configure_logs
+    from tallystick.metrics import REGISTRY
+    from tallystick.worker import run_worker
+
+    settings = load_settings()
+    configure_logs(settings.log_level)
+    if settings.worker_metrics_port:
+        start_http_server(settings.worker_metrics_port, settings.host, REGISTRY)
+    _run_until_signal(lambda stop: run_worker(settings, stop))
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the database's schema up to date and make the ledger's next partitions."""
+
+    async def work(resources: Any) -> None:
+        from tallystick import db
+        from tallystick.usage.partitions import keep_partitions
+
+        await db.migrate(resources.engine)
+        await keep_partitions(resources, datetime.now(UTC))
+
+    _with_resources(work)
+    out.print("The database is up to date.")
+
+
+@app.command()
+def flush(json_: Json = False) -> None:
+    """Send all usage to Stripe now: drain, seal every total, deliver what is due."""
+
+    async def work(resources: Any) -> dict[str, int]:
+        from tallystick.usage.delivery import deliver_all
+        from tallystick.usage.sealing import seal_everything
+
+        with err.status("sealing"):
+            sealed = await seal_everything(resources, datetime.now(UTC))
+        with err.status(f"sending {sealed} sealed totals to Stripe"):
+            tried = await deliver_all(resources, datetime.now(UTC))
+        return {"sealed": sealed, "tried": tried}
+
+    done = _with_resources(work)
+    if json_:
+        out.print_json(json.dumps(done))
+    else:
+        out.print(f"Sealed {done['sealed']} totals; tried {done['tried']} deliveries.")
+
+
+@app.command()
+def conservation(json_: Json = False) -> None:
+    """Prove that every accepted quantity is accounted for. Exit code 1 if one is not."""
+
+    async def work(resources: Any) -> Any:
+        from tallystick import db
+        from tallystick.usage.conservation import count_conservation
+        from tallystick.usage.drain import drain
+
+        await drain(resources, datetime.now(UTC))
+        async with db.transaction(resources.engine) as connection:
+            return await count_conservation(connection)
+
+    counted = _with_resources(work)
+    if json_:
+        out.print_json(json.dumps(counted.as_json()))
+    else:
+        table = Table("state", "quantity", box=None, pad_edge=False)
+        table.columns[1].justify = "right"
+        for name, quantity in counted.as_json().items():
+            table.add_row(name, str(quantity))
+        out.print(table)
+    sys.exit(1 if counted.difference else 0)
+
+
+@keys.command("create")
+def create(
+    name: Annotated[str, typer.Argument(help="What the key is for, for people.")],
+    scope: Annotated[list[str], typer.Option(help="What it may do; may be repeated.")],
+    source: Annotated[
+        str | None, typer.Option(help="Whose usage ids these are; two keys of one service share it. Default: the name.")
+    ] = None,
+    expires_in_days: Annotated[int | None, typer.Option(min=1, help="Without it the key does not expire.")] = None,
+) -> None:
+    """Make an API key and print it, this once.
+
+    Scopes: usage:write usage:read access:read portal:create customers:write admin.
+    """
+
+    async def work(resources: Any) -> str:
+        from tallystick import db
+        from tallystick.auth import create_key
+
+        expires_at = datetime.now(UTC) + timedelta(days=expires_in_days) if expires_in_days else None
+        async with db.transaction(resources.engine) as connection:
+            return await create_key(connection, name=name, source=source or name, scopes=scope, expires_at=expires_at)
+
+    try:
+        text = _with_resources(work)
+    except ValueError as error:
+        fail(str(error))
+    err.print("Keep it now: it is stored only as a hash and cannot be shown again.")
+    out.print(text)
+
+
+@keys.command("list")
+def list_(json_: Json = False) -> None:
+    """List all keys, without their secrets."""
+
+    async def work(resources: Any) -> list[dict[str, Any]]:
+        from tallystick import db
+        from tallystick.auth import list_keys
+
+        async with db.transaction(resources.engine) as connection:
+            return await list_keys(connection)
+
+    found = _with_resources(work)
+    if json_:
+        out.print_json(json.dumps(found, default=str))
+        return
+    table = Table("id", "name", "source", "scopes", "last used", "state", box=None, pad_edge=False)
+    for key in found:
+        used = f"{key['last_used_at']:%Y-%m-%d %H:%M}" if key["last_used_at"] else "never"
+        table.add_row(key["id"], key["name"], key["source"], " ".join(key["scopes"]), used, key["state"])
+    out.print(table)
+
+
+@keys.command("revoke")
+def revoke(key_id: Annotated[str, typer.Argument(help="The id: the middle part of tsk_<id>_<secret>.")]) -> None:
+    """Revoke a key. Running services follow within ten seconds."""
+
+    async def work(resources: Any) -> bool:
+        from tallystick import db
+        from tallystick.auth import revoke_key
+
+        async with db.transaction(resources.engine) as connection:
+            return await revoke_key(connection, key_id)
+
+    if not _with_resources(work):
+        fail(f"there is no valid key {key_id}")
+    out.print(f"Revoked {key_id}.")
+
+
+def _with_resources(work: Callable[[Any], Coroutine[Any, Any, T]]) -> T:
+    """Run a command's work over open resources; storage and Stripe errors end in one line."""
+    from tallystick import db, stripe_gateway
+    from tallystick.config import load_settings
+    from tallystick.redis_client import REDIS_ERRORS
+    from tallystick.resources import open_resources
+
+    settings = load_settings()
+
+    async def call() -> T:
+        async with open_resources(settings, application_name="tallystick cli") as resources:
+            return await work(resources)
+
+    try:
+        return asyncio.run(call())
+    except (*db.STORAGE_ERRORS, *REDIS_ERRORS, *stripe_gateway.STRIPE_ERRORS) as error:
+        fail(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+
+
+def _run_until_signal(work: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+    """Run `work(stop)`; SIGINT and SIGTERM set `stop`, and the work ends what it has begun."""
+
+    async def call() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop.set)
+        await work(stop)
+
+    asyncio.run(call())

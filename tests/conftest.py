@@ -1,0 +1,208 @@
+"""Real parts for every test: PostgreSQL, Valkey and the fake Stripe, one each a test process, emptied before each test.
+
+Nothing is mocked below the wire. The servers do not fsync, which no test here can tell; those that kill servers start
+their own.
+"""
+
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from pydantic import SecretStr
+from sqlalchemy import text
+from stripe import StripeClient
+
+from tallystick import db
+from tallystick.app import create_app
+from tallystick.auth import SCOPES, create_key
+from tallystick.config import Settings
+from tallystick.dev.embedded import EmbeddedPostgres, EmbeddedValkey
+from tallystick.dev.fake_stripe.app import create_fake_stripe
+from tallystick.resources import Resources, open_resources
+from tallystick.usage.partitions import make_partitions
+from tests.serving import serve_in_thread
+
+WEBHOOK_SECRET = "whsec_for_tests_0123456789"
+SOURCE = "tests"
+
+
+@dataclass(frozen=True)
+class Servers:
+    """The two servers of this test process."""
+
+    postgres: EmbeddedPostgres
+    valkey: EmbeddedValkey
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    folder = tmp_path_factory.mktemp("servers")
+    postgres = EmbeddedPostgres(folder / "postgres", durable=False)
+    valkey = EmbeddedValkey(folder / "valkey")
+    postgres.start()
+    try:
+        valkey.start()
+        yield Servers(postgres, valkey)
+    finally:
+        valkey.stop()
+        postgres.stop()
+
+
+@dataclass(frozen=True)
+class FakeStripe:
+    """A running fake Stripe: its address, and the real SDK's client for it."""
+
+    url: str
+    client: StripeClient
+    control: httpx.AsyncClient
+
+
+@pytest.fixture(scope="session")
+def fake_stripe_url() -> Iterator[str]:
+    """One fake Stripe a test process, in a thread of its own; tests that use it get it empty from `fake_stripe`."""
+    with serve_in_thread(create_fake_stripe(webhook_retry_seconds=(0.05, 0.2, 1, 5))) as url:
+        yield url
+
+
+@pytest.fixture
+async def fake_stripe(fake_stripe_url: str) -> AsyncIterator[FakeStripe]:
+    settings = make_settings(stripe_api_base=fake_stripe_url)
+    async with (
+        httpx.AsyncClient(base_url=fake_stripe_url, timeout=30) as control,
+        open_resources(settings, application_name="tests") as resources,
+    ):
+        (await control.post("/_fake/reset")).raise_for_status()
+        yield FakeStripe(fake_stripe_url, resources.stripe, control)
+
+
+def make_settings(**changed: object) -> Settings:
+    """Settings for a test; whatever is not given points nowhere."""
+    values: dict[str, object] = {
+        "database_url": "postgresql://127.0.0.1:1/none",
+        "redis_url": "redis://127.0.0.1:1/0",
+        "stripe_api_key": SecretStr("sk_test_for_tests"),
+        "stripe_webhook_secret": (SecretStr(WEBHOOK_SECRET),),
+        "stripe_api_base": "http://127.0.0.1:1",
+        "portal_return_origins": ("https://app.example.com",),
+        "host": "127.0.0.1",
+        "port": 0,
+    }
+    return Settings.model_validate(values | changed)
+
+
+@pytest.fixture
+def settings(servers: Servers, fake_stripe_url: str) -> Settings:
+    return make_settings(
+        database_url=servers.postgres.url,
+        redis_url=servers.valkey.url,
+        stripe_api_base=fake_stripe_url,
+        database_pool_size=5,
+    )
+
+
+@pytest.fixture
+async def resources(settings: Settings) -> AsyncIterator[Resources]:
+    """Open resources over an empty, migrated database and an empty Valkey."""
+    async with open_resources(settings, application_name="tests") as opened:
+        await empty_stores(opened)
+        yield opened
+
+
+# Children first; `installation` keeps its one row.
+TABLES = [
+    "usage_deliveries",
+    "usage_totals",
+    "usage_events",
+    "usage_stamps",
+    "usage_conflicts",
+    "usage_retired",
+    "seal_requests",
+    "rate_limits",
+    "meters",
+    "api_keys",
+    "customer_access",
+    "customer_links",
+    "period_boundaries",
+    "invoices",
+    "subscription_items",
+    "subscriptions",
+    "prices",
+    "products",
+    "customers",
+    "stripe_event_failures",
+    "stripe_events",
+]
+
+_migrated: set[str] = set()
+
+
+async def empty_stores(resources: Resources) -> None:
+    """Delete all rows (far quicker than TRUNCATE on small tables) and all keys; migrate when this is the first time."""
+    url = resources.settings.database_url
+    if url not in _migrated:
+        await db.migrate(resources.engine)
+        async with db.transaction(resources.engine) as connection:
+            await make_partitions(connection, datetime.now(UTC))
+        _migrated.add(url)
+    async with db.transaction(resources.engine) as connection:
+        for table in TABLES:
+            await connection.execute(text(f"DELETE FROM {table}"))  # noqa: S608  names from the list above
+    await resources.redis.flushdb()
+
+
+@pytest.fixture
+async def app(resources: Resources) -> AsyncIterator[FastAPI]:
+    """The application, started, over the resources' stores."""
+    application = create_app(resources.settings)
+    async with application.router.lifespan_context(application):
+        yield application
+
+
+@pytest.fixture
+async def api_key(resources: Resources) -> str:
+    """A key with every scope, whose source is `SOURCE`."""
+    async with db.transaction(resources.engine) as connection:
+        return await create_key(connection, name="tests", source=SOURCE, scopes=list(SCOPES))
+
+
+@asynccontextmanager
+async def open_client(app: FastAPI, api_key: str | None) -> AsyncIterator[httpx.AsyncClient]:
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(
+        transport=transport, base_url="http://tallystick", headers=headers, timeout=20
+    ) as client:
+        yield client
+
+
+@pytest.fixture
+async def client(app: FastAPI, api_key: str) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the application that sends the API key."""
+    async with open_client(app, api_key) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def anonymous(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the application without a key."""
+    async with open_client(app, None) as opened:
+        yield opened
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the developer's own environment sets must not change a test."""
+    for name in list(os.environ):
+        if name.startswith(("TALLYSTICK_", "STRIPE_")) or name in ("DATABASE_URL", "REDIS_URL"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def project_root() -> Path:
+    return Path(__file__).parents[1]

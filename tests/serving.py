@@ -1,0 +1,69 @@
+"""An ASGI application behind a real socket, for as long as a test needs it."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from queue import Queue
+from threading import Thread
+from typing import Any
+
+import uvicorn
+
+
+@asynccontextmanager
+async def serve(app: Any) -> AsyncIterator[str]:
+    """Serve `app` on a free port of 127.0.0.1 in this event loop; gives its base URL."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", 0))
+    server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=2))
+    task = asyncio.create_task(server.serve([listener]))
+    try:
+        await asyncio.wait([asyncio.create_task(server.ready.wait()), task], return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+            raise RuntimeError("the server ended before it was ready")
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await task
+        listener.close()
+
+
+@contextmanager
+def serve_in_thread(app: Any) -> Iterator[str]:
+    """Serve `app` in a thread with an event loop of its own, for tests whose own loops come and go."""
+    address: Queue[str] = Queue()
+    stop: Queue[Callable[[], object]] = Queue()
+
+    async def run() -> None:
+        async with serve(app) as url:
+            stopped = asyncio.Event()
+            loop = asyncio.get_running_loop()
+            stop.put(lambda: loop.call_soon_threadsafe(stopped.set))
+            address.put(url)
+            await stopped.wait()
+
+    thread = Thread(target=asyncio.run, args=(run(),), name="served app")
+    thread.start()
+    try:
+        yield address.get(timeout=20)
+    finally:
+        stop.get(timeout=20)()
+        thread.join()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that says when it listens, and leaves the test runner's signals alone."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.ready = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready.set()
+
+    def install_signal_handlers(self) -> None:
+        return

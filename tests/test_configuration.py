@@ -1,0 +1,82 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from tallystick.config import load_settings, setting_names
+from tallystick.errors import SettingsError
+
+REQUIRED = {
+    "DATABASE_URL": "postgresql://localhost/tallystick",
+    "REDIS_URL": "redis://localhost",
+    "STRIPE_API_KEY": "sk_test_123",
+    "STRIPE_WEBHOOK_SECRET": "whsec_one_secret",
+}
+
+
+def set_environment(monkeypatch: pytest.MonkeyPatch, **changed: str | None) -> None:
+    for name, value in (REQUIRED | changed).items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+
+
+def test_every_setting_is_documented_and_every_documented_setting_exists(project_root: Path) -> None:
+    page = (project_root / "docs" / "configuration.md").read_text()
+    documented = set(re.findall(r"^\| `([A-Z_]+)` \|", page, re.MULTILINE))
+    assert documented == set(setting_names())
+
+
+def test_the_documented_defaults_are_the_defaults(project_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (project_root / "docs" / "configuration.md").read_text()
+    set_environment(monkeypatch)
+    settings = load_settings()
+    for name, default in re.findall(r"^\| `([A-Z_]+)` \| `([^`]+)`", page, re.MULTILINE):
+        assert str(getattr(settings, setting_names()[name])) == default, name
+
+
+def test_a_missing_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_environment(monkeypatch, REDIS_URL=None, STRIPE_API_KEY="")
+    with pytest.raises(SettingsError) as refused:
+        load_settings()
+    assert str(refused.value) == "REDIS_URL is not set; STRIPE_API_KEY is not set"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DATABASE_URL", "mysql://localhost/x"),
+        ("REDIS_URL", "localhost:6379"),
+        ("STRIPE_WEBHOOK_SECRET", "short"),
+        ("STRIPE_WEBHOOK_SECRET", " , "),
+        ("STRIPE_API_BASE", "api.stripe.com"),
+        ("TALLYSTICK_PORT", "http"),
+        ("TALLYSTICK_USAGE_DEDUPE_HOURS", "1"),
+        ("TALLYSTICK_SEAL_THRESHOLD", "NaN"),
+        ("TALLYSTICK_PORTAL_RETURN_ORIGINS", "https://app.example.com/path"),
+        ("TALLYSTICK_PORTAL_RETURN_ORIGINS", "app.example.com"),
+    ],
+)
+def test_a_wrong_setting_is_named_without_its_value(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    set_environment(monkeypatch, **{name: value})
+    with pytest.raises(SettingsError) as refused:
+        load_settings()
+    assert str(refused.value).startswith(f"{name}: ")
+    assert "\n" not in str(refused.value)
+
+
+def test_several_webhook_secrets_may_be_valid_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_environment(monkeypatch, STRIPE_WEBHOOK_SECRET="whsec_old_secret, whsec_new_secret")
+    secrets = [secret.get_secret_value() for secret in load_settings().stripe_webhook_secret]
+    assert secrets == ["whsec_old_secret", "whsec_new_secret"]
+
+
+def test_secrets_do_not_show_in_the_settings_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_environment(monkeypatch)
+    assert "sk_test_123" not in repr(load_settings())
+    assert "whsec_one_secret" not in repr(load_settings())
+
+
+@pytest.mark.parametrize(("key", "live"), [("sk_test_1", False), ("rk_live_1", True), ("sk_live_1", True)])
+def test_the_mode_follows_the_key(monkeypatch: pytest.MonkeyPatch, key: str, live: bool) -> None:
+    set_environment(monkeypatch, STRIPE_API_KEY=key)
+    assert load_settings().livemode is live
