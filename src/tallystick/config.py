@@ -5,6 +5,7 @@ names the variable, so that the start stops with one line instead of a traceback
 """
 
 from decimal import Decimal
+from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -34,6 +35,7 @@ class Settings(BaseSettings):
         default="INFO", validation_alias="TALLYSTICK_LOG_LEVEL"
     )
 
+    rules_file: Path | None = Field(default=None, validation_alias="TALLYSTICK_RULES_FILE")
     worker_metrics_port: int = Field(default=0, ge=0, le=65535, validation_alias="TALLYSTICK_WORKER_METRICS_PORT")
 
     database_pool_size: int = Field(default=10, ge=1, le=200, validation_alias="TALLYSTICK_DATABASE_POOL_SIZE")

@@ -1,4 +1,4 @@
-"""What every flow needs, built once from the settings and passed down: the settings, PostgreSQL, Redis, Stripe."""
+"""What every flow needs, built once from the settings and passed down: settings, rules, PostgreSQL, Redis, Stripe."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,6 +10,7 @@ from stripe import StripeClient
 
 from tallystick import db, redis_client, stripe_gateway
 from tallystick.config import Settings
+from tallystick.rules import RulesFile
 
 
 @dataclass(frozen=True)
@@ -20,17 +21,19 @@ class Resources:
     engine: AsyncEngine
     redis: Redis
     stripe: StripeClient
+    rules: RulesFile
 
 
 @asynccontextmanager
 async def open_resources(settings: Settings, *, application_name: str) -> AsyncIterator[Resources]:
     """Build the clients, lend them, close them. A part may be down: nothing is connected before it is used."""
+    rules = RulesFile(settings.rules_file)
     engine = db.create_engine(settings, application_name=application_name)
     redis = redis_client.create_redis(settings)
     stripe_connections = stripe_gateway.create_http_client(settings)
     stripe = stripe_gateway.create_stripe(settings, stripe_connections)
     try:
-        yield Resources(settings, engine, redis, stripe)
+        yield Resources(settings, engine, redis, stripe, rules)
     finally:
         await stripe_gateway.close(stripe_connections)
         await redis.aclose()

@@ -1,4 +1,5 @@
 import asyncio
+import dataclasses
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
@@ -177,12 +178,7 @@ async def test_the_rate_limit_is_shared_by_all_workers(resources: Resources, fak
             event = make_event(f"other-{n}", at=last_hour(), customer_ref=f"other-{n}")
             await record_events(connection, [event], accepted_already=True)
     await seal_everything(resources, now)
-    slow = Resources(
-        resources.settings.model_copy(update={"stripe_calls_per_second": 3}),
-        resources.engine,
-        resources.redis,
-        resources.stripe,
-    )
+    slow = dataclasses.replace(resources, settings=resources.settings.model_copy(update={"stripe_calls_per_second": 3}))
     tried = await asyncio.gather(deliver(slow, now), deliver(slow, now))
     # Three tokens at first, and whatever a slow machine lets grow back between the two claims.
     assert 3 <= sum(tried) <= 6

@@ -1,4 +1,5 @@
 import asyncio
+import dataclasses
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, localcontext
 
@@ -44,7 +45,7 @@ def unix(at: datetime) -> int:
 
 
 def with_settings(resources: Resources, **changed: object) -> Resources:
-    return Resources(resources.settings.model_copy(update=changed), resources.engine, resources.redis, resources.stripe)
+    return dataclasses.replace(resources, settings=resources.settings.model_copy(update=changed))
 
 
 async def test_an_hour_of_events_becomes_one_delivery_after_its_end(resources: Resources) -> None:

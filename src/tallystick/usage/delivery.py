@@ -104,8 +104,9 @@ class Claimed:
 
 async def deliver(resources: Resources, now: datetime) -> int:
     """Send what is due, as far as the rate limit goes; how many deliveries were tried."""
+    per_second = resources.settings.stripe_calls_per_second
     async with db.transaction(resources.engine) as connection:
-        claimed = await _claim(connection, now, resources.settings.stripe_calls_per_second)
+        claimed = await _claim(connection, now, per_second)
     # Died here, or anywhere below: the rows are `sending` until their lease ends, then they are claimed again.
     lanes = asyncio.Semaphore(CONCURRENCY)
 

@@ -7,6 +7,7 @@ its parameters are right; then the work, which is done in one piece without wait
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import hashlib
 import json
@@ -277,9 +278,14 @@ async def _slow_down(rule: Rule | None) -> None:
 
 
 def _token(request: Request) -> str:
-    """The API key, as a bearer token or as a user name of basic authentication. Raises StripeError 401."""
+    """The API key, as a bearer token or as the user name of basic authentication. Raises StripeError 401."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not token:
+    if scheme.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            token = base64.b64decode(token).decode().partition(":")[0]
+    elif scheme.lower() != "bearer":
+        token = ""
+    if not token:
         raise StripeError(
             401, "You did not provide an API key. Send it as a bearer token: Authorization: Bearer sk_test_…"
         )

@@ -19,7 +19,7 @@ from tallystick.dev.fake_stripe.errors import StripeError, invalid
 from tallystick.dev.fake_stripe.objects.event_log import make_endpoint
 from tallystick.dev.fake_stripe.objects.sessions import complete_checkout
 from tallystick.dev.fake_stripe.rendering import render
-from tallystick.dev.fake_stripe.transitions import ClockWork
+from tallystick.dev.fake_stripe.transitions import ClockWork, plan_all
 
 Handler = Callable[[Request, dict[str, Any]], Awaitable[Any]]
 
@@ -143,6 +143,7 @@ class Control:
     async def set_settings(self, _: Request, body: dict[str, Any]) -> Any:
         """Changes settings."""
         self._account.settings.change(body)
+        plan_all(self._account)
         self._account.note()
         return asdict(self._account.settings)
 

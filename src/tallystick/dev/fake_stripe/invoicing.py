@@ -32,13 +32,36 @@ def make_invoice(
     **fields: Any,
 ) -> Object:
     """Makes a draft and tells of it by `invoice.created`. `fields` are set on the invoice as they are."""
+    invoice = blank_invoice(account, customer, currency, lines, subscription, **fields)
+    invoice["id"] = account.ids.new("in")
+    for line in lines:
+        line["invoice"] = invoice["id"]
+    if invoice["auto_advance"]:
+        invoice["automatically_finalizes_at"] = account.now() + account.settings.finalization_delay_seconds
+    refresh(account, invoice)
+    event = emit(account, "invoice.created", invoice)
+    invoice["_created_event"] = event["id"]
+    if not event["_webhooks"]:
+        invoice["webhooks_delivered_at"] = account.now()
+    plan(account, invoice)
+    return invoice
+
+
+def blank_invoice(
+    account: Account,
+    customer: Object,
+    currency: str,
+    lines: list[Object],
+    subscription: Object | None,
+    **fields: Any,
+) -> Object:
+    """An invoice as it would be made now, without an id, and without its metered lines and totals."""
     now = account.now()
     parent = None
     if subscription is not None:
         details = {"metadata": dict(subscription["metadata"]), "subscription": subscription["id"]}
         parent = {"type": "subscription_details", "quote_details": None, "subscription_details": details}
-    invoice: Object = {
-        "id": account.ids.new("in"),
+    return {
         "object": "invoice",
         "account_country": "US",
         "account_name": "fake Stripe",
@@ -131,24 +154,17 @@ def make_invoice(
         "_behavior": None,
         **fields,
     }
-    for line in lines:
-        line["invoice"] = invoice["id"]
-    account.state.put(invoice)
-    refresh(account, invoice)
-    if invoice["auto_advance"]:
-        invoice["automatically_finalizes_at"] = now + account.settings.finalization_delay_seconds
-    event = emit(account, "invoice.created", invoice)
-    invoice["_created_event"] = event["id"]
-    if not event["_webhooks"]:
-        invoice["webhooks_delivered_at"] = now
-    plan(account, invoice)
-    return invoice
 
 
 def refresh(account: Account, invoice: Object) -> None:
     """Brings a draft's metered lines and totals up to date; a finalized invoice stays as it is."""
-    if invoice["status"] != "draft":
-        return
+    if invoice["status"] == "draft":
+        compute(account, invoice)
+        account.state.put(invoice)
+
+
+def compute(account: Account, invoice: Object) -> None:
+    """Fills in the metered lines and the totals."""
     for line in invoice["_lines"]:
         if line["_metered"]:
             fill(account, line, invoice["customer"])
@@ -156,7 +172,6 @@ def refresh(account: Account, invoice: Object) -> None:
     for name in ("subtotal", "subtotal_excluding_tax", "total", "total_excluding_tax"):
         invoice[name] = total
     invoice["amount_due"] = invoice["amount_remaining"] = max(total, 0)
-    account.state.put(invoice)
 
 
 def plan(account: Account, invoice: Object) -> None:

@@ -50,6 +50,9 @@ def plan(account: Account, subscription: Object) -> None:
         agenda.plan(period_end(account, subscription), "subscription.period_end", subscription_id)
         if subscription["cancel_at"] is not None:
             agenda.plan(subscription["cancel_at"], "subscription.cancel", subscription_id)
+    notice = upcoming_notice_at(account, subscription)
+    if notice is not None:
+        agenda.plan(notice, "subscription.invoice_upcoming", subscription_id)
     if subscription["status"] == "trialing" and subscription["_trial_notice_at"] is not None:
         agenda.plan(subscription["_trial_notice_at"], "subscription.trial_will_end", subscription_id)
     if subscription["status"] == "incomplete":
@@ -57,6 +60,40 @@ def plan(account: Account, subscription: Object) -> None:
     pause = subscription["pause_collection"]
     if pause is not None and pause["resumes_at"] is not None:
         agenda.plan(pause["resumes_at"], "subscription.resume_collection", subscription_id)
+
+
+def upcoming_notice_at(account: Account, subscription: Object) -> int | None:
+    """When `invoice.upcoming` is due; None when it was sent for this period, or will not be."""
+    days = account.settings.upcoming_invoice_days
+    if not days or subscription["status"] not in LIVE or subscription["cancel_at"] is not None:
+        return None
+    start = items_of(account, subscription)[0]["current_period_start"]
+    notice = period_end(account, subscription) - days * DAY_SECONDS
+    return notice if notice > start and subscription["_upcoming_sent_for"] != start else None
+
+
+def tell_of_upcoming_invoice(account: Account, subscription: Object) -> str:
+    """The `subscription.invoice_upcoming` transition: what the next invoice would be by now. It has no id."""
+    customer = account.state.get("customer", subscription["customer"])
+    assert customer is not None, f"{subscription['id']} has a customer that was never made"
+    lines = []
+    for item in items_of(account, subscription):
+        price = price_of(account, item)
+        metered, recurring = is_metered(price), price["recurring"]
+        start, end = item["current_period_start"], item["current_period_end"]
+        if not metered:
+            anchor = subscription["billing_cycle_anchor"]
+            start, end = end, next_boundary(anchor, recurring["interval"], recurring["interval_count"], after=end)
+        free = metered and subscription["status"] == "trialing"
+        lines.append(invoice_lines.line_of(account, subscription, item, start, end, metered=metered, free=free))
+    invoice = invoicing.blank_invoice(
+        account, customer, subscription["currency"], lines, subscription, billing_reason="upcoming"
+    )
+    invoicing.compute(account, invoice)
+    emit(account, "invoice.upcoming", invoice)
+    subscription["_upcoming_sent_for"] = items_of(account, subscription)[0]["current_period_start"]
+    account.state.put(subscription)
+    return "told of the upcoming invoice"
 
 
 def cycle(account: Account, subscription: Object) -> str:

@@ -46,7 +46,7 @@ def render(account: Account, item: Object) -> Object:
         shown["plan"] = plan_of(price)
     elif kind == "invoice":
         lines = [render(account, line) for line in item["_lines"]]
-        url = f"/v1/invoices/{item['id']}/lines"
+        url = f"/v1/invoices/{item.get('id', 'upcoming')}/lines"
         shown["lines"] = list_object(lines[:EMBEDDED_LINES], url, has_more=len(lines) > EMBEDDED_LINES)
         shown["lines"]["total_count"] = len(lines)
     return shown

@@ -21,6 +21,9 @@ class Settings:
     after_last_retry: str = "unpaid"
     """What becomes of a subscription whose payment failed on every retry: `unpaid`, `canceled` or `past_due`."""
 
+    upcoming_invoice_days: int = 7
+    """How many days before a period ends `invoice.upcoming` is sent; not in shorter periods. 0 switches it off."""
+
     summary_lag_seconds: int = 0
     """How long after its receipt a meter event shows up in summaries. Invoices never lag."""
 

@@ -61,6 +61,7 @@ def _report_due(_: Account, report: Object) -> int | None:
 TRANSITIONS: dict[str, Transition] = {
     "subscription.period_end": ("subscription", _period_end, lifecycle.cycle),
     "subscription.cancel": ("subscription", _cancel_at, lifecycle.cancel_when_due),
+    "subscription.invoice_upcoming": ("subscription", lifecycle.upcoming_notice_at, lifecycle.tell_of_upcoming_invoice),
     "subscription.trial_will_end": ("subscription", _trial_notice, lifecycle.trial_will_end),
     "subscription.incomplete_expires": ("subscription", _incomplete, lifecycle.expire_incomplete),
     "subscription.resume_collection": ("subscription", _resumes_at, lifecycle.resume_collection),

@@ -58,7 +58,7 @@ def _move_period_up(subscription: Object) -> None:
 
 def _invoice(account: Account, invoice: Object) -> None:
     details = (invoice.pop("parent") or {}).get("subscription_details") or {}
-    payments = account.state.where("invoice_payment", "invoice", invoice["id"])
+    payments = account.state.where("invoice_payment", "invoice", invoice.get("id"))
     invoice |= {
         "subscription": details.get("subscription"),
         "subscription_details": {"metadata": details.get("metadata")},

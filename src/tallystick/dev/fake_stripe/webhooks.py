@@ -13,10 +13,10 @@ import hmac
 import json
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import httpx
 
@@ -77,7 +77,7 @@ class Deliveries:
         self._changed = asyncio.Event()
 
     @contextlib.asynccontextmanager
-    async def running(self) -> Any:
+    async def running(self) -> AsyncIterator[None]:
         """Delivers while the block runs; takes up first what an earlier run left pending."""
         # Proxies of the environment are not asked: endpoints are on this machine or reached directly.
         limits = httpx.Limits(max_connections=DELIVERIES_AT_ONCE * 2)
@@ -170,7 +170,7 @@ class Deliveries:
         else:
             self._spawn(self._deliver(delivery))
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -106,6 +106,7 @@ def _blank(account: Account, customer: Object, currency: str, anchor: int) -> Ob
         "trial_start": None,
         "_anchor_from_trial": True,
         "_trial_notice_at": None,
+        "_upcoming_sent_for": None,
         "_last_period_start": now,
     }
 
@@ -233,5 +234,7 @@ def set_cancellation(account: Account, subscription: Object, params: Object) -> 
             "cancel_at": end if at_end else None,
             "canceled_at": now if at_end else None,
         }
-    if subscription["cancel_at"] is not None:
-        subscription["cancellation_details"]["reason"] = "cancellation_requested"
+    else:
+        return
+    requested = subscription["cancel_at"] is not None
+    subscription["cancellation_details"]["reason"] = "cancellation_requested" if requested else None

@@ -1,0 +1,97 @@
+"""What every route has in common: health, problems, the OpenAPI document."""
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from sqlalchemy import text
+from starlette.routing import Route
+
+from tallystick import db
+from tallystick.config import Settings
+from tallystick.resources import Resources, open_resources
+
+
+async def test_health_asks_no_other_part(app: FastAPI, anonymous: httpx.AsyncClient, settings: Settings) -> None:
+    nowhere = settings.model_copy(update={"database_url": "postgresql+asyncpg://127.0.0.1:1/none"})
+    working = app.state.resources
+    async with open_resources(nowhere, application_name="tests") as app.state.resources:
+        assert (await anonymous.get("/healthz")).status_code == 200
+        answer = await anonymous.get("/readyz")
+    app.state.resources = working
+    assert answer.status_code == 503
+    assert answer.json()["parts"]["redis"] == "ok"
+    assert answer.json()["parts"]["postgres"].startswith("failed")
+
+
+async def test_ready_when_both_stores_are_there(anonymous: httpx.AsyncClient) -> None:
+    answer = await anonymous.get("/readyz")
+    assert (answer.status_code, answer.json()) == (200, {"status": "ready", "parts": {"postgres": "ok", "redis": "ok"}})
+
+
+async def test_without_redis_it_is_ready_and_degraded(
+    app: FastAPI, anonymous: httpx.AsyncClient, settings: Settings
+) -> None:
+    nowhere = settings.model_copy(update={"redis_url": "redis://127.0.0.1:1/0"})
+    working = app.state.resources
+    async with open_resources(nowhere, application_name="tests") as app.state.resources:
+        answer = await anonymous.get("/readyz")
+    app.state.resources = working
+    assert (answer.status_code, answer.json()["status"]) == (200, "degraded")
+
+
+async def test_an_older_schema_is_not_ready_and_says_what_to_do(
+    anonymous: httpx.AsyncClient, resources: Resources
+) -> None:
+    async with db.transaction(resources.engine) as connection:
+        version = await connection.scalar(text("SELECT version_num FROM alembic_version"))
+        await connection.execute(text("DELETE FROM alembic_version"))
+    answer = await anonymous.get("/readyz")
+    async with db.transaction(resources.engine) as connection:
+        await connection.execute(text("INSERT INTO alembic_version VALUES (:version)"), {"version": version})
+    assert answer.status_code == 503
+    assert "tallystick migrate" in answer.json()["parts"]["postgres"]
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nothing", 404), ("DELETE", "/v1/usage", 405)])
+async def test_what_does_not_exist_is_a_problem_too(
+    anonymous: httpx.AsyncClient, method: str, path: str, status: int
+) -> None:
+    answer = await anonymous.request(method, path)
+    assert (answer.status_code, answer.json()["status"]) == (status, status)
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+async def test_storage_that_fails_in_a_request_is_a_503(
+    app: FastAPI, client: httpx.AsyncClient, settings: Settings
+) -> None:
+    assert (await client.get("/v1/usage?customer=acme")).status_code == 200
+    nowhere = settings.model_copy(update={"database_url": "postgresql+asyncpg://127.0.0.1:1/none"})
+    working = app.state.resources
+    async with open_resources(nowhere, application_name="tests") as app.state.resources:
+        answer = await client.get("/v1/usage?customer=acme")
+    app.state.resources = working
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+
+
+async def test_the_document_describes_every_route(app: FastAPI, anonymous: httpx.AsyncClient) -> None:
+    paths = (await anonymous.get("/openapi.json")).json()["paths"]
+    included = [getattr(route, "original_router", None) for route in app.routes]
+    routes = [*app.routes, *(route for router in included if router is not None for route in router.routes)]
+    served = {
+        (str(route.path), method.lower())
+        for route in routes
+        if isinstance(route, Route) and route.path not in ("/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc")
+        for method in route.methods or ()
+        if method != "HEAD"
+    }
+    assert {(path, method) for path, operations in paths.items() for method in operations} == served
+    for operations in paths.values():
+        for operation in operations.values():
+            assert operation["summary"]
+            assert operation["operationId"]
+
+
+async def test_metrics_are_prometheus_text(client: httpx.AsyncClient) -> None:
+    await client.post("/v1/usage", json={"id": "e", "customer": "acme", "meter": ""})
+    answer = await client.get("/metrics")
+    assert 'tallystick_usage_events_total{result="rejected"}' in answer.text

@@ -1,0 +1,93 @@
+"""The command line as an operator uses it, over a database of its own."""
+
+import json
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from tallystick import cli
+from tests.conftest import Servers
+
+
+@pytest.fixture
+def environment(servers: Servers, fake_stripe_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "DATABASE_URL": servers.postgres.url,
+        "REDIS_URL": servers.valkey.url,
+        "STRIPE_API_KEY": "sk_test_for_tests",
+        "STRIPE_WEBHOOK_SECRET": "whsec_for_tests",
+        "STRIPE_API_BASE": fake_stripe_url,
+    }.items():
+        monkeypatch.setenv(name, value)
+    run("migrate")
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, list(arguments), catch_exceptions=False)
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_key_is_made_listed_and_revoked() -> None:
+    made = run("keys", "create", "billing job", "--scope", "usage:write", "--scope", "usage:read", "--source", "jobs")
+    assert made.exit_code == 0
+    key_id = made.stdout.strip().split("_")[1]
+    listed = {key["id"]: key for key in json.loads(run("keys", "list", "--json").stdout)}
+    assert (listed[key_id]["source"], listed[key_id]["state"]) == ("jobs", "valid")
+    assert "billing job" in run("keys", "list").stdout
+    assert run("keys", "revoke", key_id).exit_code == 0
+    again = run("keys", "revoke", key_id)
+    assert again.exit_code == 1
+    assert "there is no valid key" in again.stderr
+
+
+@pytest.mark.usefixtures("environment")
+def test_an_unknown_scope_is_named_with_those_that_exist() -> None:
+    refused = run("keys", "create", "x", "--scope", "usage")
+    assert refused.exit_code == 1
+    assert "unknown scope 'usage'" in refused.stderr
+    assert "usage:write" in refused.stderr
+
+
+@pytest.mark.usefixtures("environment")
+def test_flush_and_conservation_answer_people_and_programs() -> None:
+    assert json.loads(run("flush", "--json").stdout).keys() == {"sealed", "tried"}
+    assert run("flush").stdout.startswith("Sealed ")
+    counted = json.loads(run("conservation", "--json").stdout)
+    assert Decimal(counted["difference"]) == 0
+    assert "accepted" in run("conservation").stdout
+
+
+def test_a_missing_setting_ends_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["tallystick", "flush"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    missing = [
+        f"{name} is not set" for name in ("DATABASE_URL", "REDIS_URL", "STRIPE_API_KEY", "STRIPE_WEBHOOK_SECRET")
+    ]
+    assert capsys.readouterr().err.splitlines() == ["error: " + "; ".join(missing)]
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_database_that_is_away_ends_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://127.0.0.1:1/none")
+    monkeypatch.setattr("sys.argv", ["tallystick", "migrate"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_every_command_says_what_it_does(project_root: Path) -> None:
+    readme = (project_root / "README.md").read_text()
+    shown = run("--help").stdout
+    for command in ("run", "demo", "fake-stripe", "serve", "worker", "migrate", "flush", "conservation", "keys"):
+        assert command in shown
+        assert command in readme
+        assert run(command, "--help").exit_code == 0
