@@ -8,7 +8,7 @@ from sqlalchemy import text
 
 from tallystick import db
 from tallystick.resources import Resources
-from tallystick.usage.delivery import LEASE, UNKNOWN_FOR_AT_MOST, backoff, deliver, deliver_all
+from tallystick.usage.delivery import UNKNOWN_FOR_AT_MOST, backoff, deliver, deliver_all, lease
 from tallystick.usage.ledger import record_events
 from tallystick.usage.meters import refresh_meters
 from tallystick.usage.sealing import seal_everything
@@ -140,8 +140,8 @@ async def test_a_worker_that_died_while_sending_is_replaced_after_its_lease(
     await wait_until(lambda: is_sending(resources))
     dies.cancel()
     await asyncio.gather(dies, return_exceptions=True)
-    assert await deliver(resources, now + LEASE - timedelta(seconds=1)) == 0
-    assert await deliver(resources, now + LEASE) == 1
+    assert await deliver(resources, now + lease(resources.settings) - timedelta(seconds=1)) == 0
+    assert await deliver(resources, now + lease(resources.settings)) == 1
     while await read_all(resources, STATES) != [("sent", 1)]:
         # Stripe may still be busy with the call whose caller has died.
         await deliver(resources, await next_due(resources))

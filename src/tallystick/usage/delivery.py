@@ -21,6 +21,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tallystick import db
+from tallystick.config import Settings
 from tallystick.metrics import DELIVERIES
 from tallystick.resources import Resources
 from tallystick.usage.senders.meter_events import send_meter_event
@@ -28,12 +29,13 @@ from tallystick.usage.senders.outcomes import Outcome
 
 log = structlog.get_logger()
 
-# Claimed and settled together. At 32 calls at a time this is a few seconds of work, well inside the lease.
+# Claimed and settled together; the calls go out so many at a time, in rounds.
 DELIVERIES_PER_CLAIM = 200
 CONCURRENCY = 32
+ROUNDS = -(-DELIVERIES_PER_CLAIM // CONCURRENCY)
 
-# A call may take `TALLYSTICK_STRIPE_TIMEOUT_SECONDS` (80 at most), and a claim holds several rounds of calls.
-LEASE = timedelta(minutes=10)
+# Beside the calls a claim needs two commits.
+LEASE_MARGIN = timedelta(seconds=15)
 
 UNKNOWN_FOR_AT_MOST = timedelta(hours=23)
 MAX_BACKOFF_SECONDS = 300
@@ -104,9 +106,9 @@ class Claimed:
 
 async def deliver(resources: Resources, now: datetime) -> int:
     """Send what is due, as far as the rate limit goes; how many deliveries were tried."""
-    per_second = resources.settings.stripe_calls_per_second
+    settings = resources.settings
     async with db.transaction(resources.engine) as connection:
-        claimed = await _claim(connection, now, per_second)
+        claimed = await _claim(connection, now, now + lease(settings), settings.stripe_calls_per_second)
     # Died here, or anywhere below: the rows are `sending` until their lease ends, then they are claimed again.
     lanes = asyncio.Semaphore(CONCURRENCY)
 
@@ -153,14 +155,19 @@ async def deliver_all(resources: Resources, now: datetime) -> int:
             await asyncio.sleep(1)
 
 
-async def _claim(connection: AsyncConnection, now: datetime, per_second: int) -> list[Claimed]:
+def lease(settings: Settings) -> timedelta:
+    """How long a claim is left alone: as long as its calls may take when each of them times out."""
+    return timedelta(seconds=settings.stripe_timeout_seconds) * ROUNDS + LEASE_MARGIN
+
+
+async def _claim(connection: AsyncConnection, now: datetime, lease_until: datetime, per_second: int) -> list[Claimed]:
     # Claims come one after the other, so that two workers cannot both pick a delivery of one (customer, meter).
     await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": CLAIM_LOCK})
     tokens = Decimal((await connection.execute(TAKE_TOKENS, {"per_second": per_second})).scalar_one())
     limit = min(int(tokens), DELIVERIES_PER_CLAIM)
     if limit <= 0:
         return []
-    rows = await connection.execute(CLAIM, {"now": now, "limit": limit, "lease_until": now + LEASE})
+    rows = await connection.execute(CLAIM, {"now": now, "limit": limit, "lease_until": lease_until})
     claimed = [Claimed(*row) for row in rows]
     await connection.execute(USE_TOKENS, {"used": len(claimed)})
     return claimed
