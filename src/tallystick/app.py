@@ -23,7 +23,7 @@ from tallystick.openapi import describe_plain_routes
 from tallystick.portal import sessions as portal_sessions
 from tallystick.resources import open_resources
 from tallystick.usage import routes as usage_routes
-from tallystick.usage.ingest import receive_usage
+from tallystick.usage.ingest import Breaker, receive_usage
 from tallystick.usage.meters import MeterCache
 from tallystick.webhooks.inbox import Inbox, receive_webhook
 
@@ -39,6 +39,7 @@ def create_app(settings: Settings) -> FastAPI:
             app.state.resources = resources
             app.state.keys = KeyCache()
             app.state.meters = MeterCache()
+            app.state.breaker = Breaker()
             app.state.inbox = Inbox(resources)
             await app.state.inbox.start()
             try:

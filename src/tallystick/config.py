@@ -55,6 +55,7 @@ class Settings(BaseSettings):
     usage_buffer_max_bytes: int = Field(
         default=256 * 1024 * 1024, ge=1024 * 1024, validation_alias="TALLYSTICK_USAGE_BUFFER_MAX_BYTES"
     )
+    usage_sync_replicas: int = Field(default=0, ge=0, le=10, validation_alias="TALLYSTICK_USAGE_SYNC_REPLICAS")
     usage_retention_days: int = Field(default=400, ge=40, le=3660, validation_alias="TALLYSTICK_USAGE_RETENTION_DAYS")
     seal_every_seconds: int = Field(default=3600, ge=1, le=86_400, validation_alias="TALLYSTICK_SEAL_EVERY_SECONDS")
     seal_threshold: Decimal | None = Field(default=None, gt=0, validation_alias="TALLYSTICK_SEAL_THRESHOLD")

@@ -4,6 +4,7 @@ from decimal import Decimal
 
 import pytest
 from redis.asyncio import Redis
+from sqlalchemy.exc import IntegrityError
 
 from tallystick import db
 from tallystick.errors import TooBusy
@@ -114,3 +115,18 @@ async def test_several_drains_share_the_work(resources: Resources) -> None:
     drained = await asyncio.gather(*(drain(resources, NOW) for _ in range(3)))
     assert sum(drained) == 30
     assert (await conservation(resources)).events == 30
+
+
+async def test_a_batch_that_the_ledger_cannot_take_does_not_hold_up_the_others(resources: Resources) -> None:
+    no_partition = make_event("long ago", at=HOUR_AGO.replace(year=2001))
+    await claim(resources.redis, no_partition)
+    await claim(resources.redis, make_event("good", at=HOUR_AGO))
+    with pytest.raises(IntegrityError):
+        await drain(resources, NOW)
+    assert (await conservation(resources)).events == 1
+    assert await buffered_bytes(resources.redis) > 0
+
+
+async def test_fewer_synced_replicas_than_asked_for_promise_nothing(resources: Resources) -> None:
+    with pytest.raises(BufferUnavailable):
+        await claim_and_append(resources.redis, [make_event()], NOW, dedupe_hours=72, max_bytes=10**9, replicas=1)

@@ -14,6 +14,7 @@ from tallystick.config import Settings
 from tallystick.dev.embedded import EmbeddedValkey
 from tallystick.resources import Resources, open_resources
 from tallystick.usage.drain import drain
+from tallystick.usage.ingest import Breaker
 from tests.conftest import FakeStripe, open_client
 from tests.usage.making import (
     METER,
@@ -119,6 +120,7 @@ async def test_without_redis_usage_goes_to_the_ledger_and_comes_back_once(
             assert answer.json()["rejected"][0]["code"] == "conflict"
 
             await asyncio.to_thread(valkey.start)
+            application.state.breaker = Breaker()
             again: Resources = application.state.resources
             await drain(again, NOW, reclaim_after=timedelta(0))
             assert (await client.post("/v1/usage", json=[event("c")])).json()["accepted"] == 1

@@ -94,9 +94,11 @@ class BufferUnavailable(Exception):
 
 
 async def claim_and_append(
-    redis: Redis, events: Sequence[UsageEvent], now: datetime, *, dedupe_hours: int, max_bytes: int
+    redis: Redis, events: Sequence[UsageEvent], now: datetime, *, dedupe_hours: int, max_bytes: int, replicas: int = 0
 ) -> list[Claim]:
     """Claim the ids and append the events whose id is new, atomically and on disk; one result for each event.
+
+    `replicas`: on how many replicas' disks too, so that a failover loses nothing either.
 
     Raises `TooBusy` above the high-water mark (nothing was taken) and `BufferUnavailable` when Redis did not confirm.
     """
@@ -110,7 +112,7 @@ async def claim_and_append(
         *(_write(event) for event in events),
     ]
     try:
-        results = await _evaluate_durably(redis, arguments)
+        results = await _evaluate_durably(redis, arguments, replicas)
     except REDIS_ERRORS as error:
         raise BufferUnavailable(type(error).__name__) from error
     if results == b"full":
@@ -118,7 +120,7 @@ async def claim_and_append(
     return [_CLAIMS[result] for result in results]
 
 
-async def _evaluate_durably(redis: Redis, arguments: list[bytes | str | int]) -> bytes:
+async def _evaluate_durably(redis: Redis, arguments: list[bytes | str | int], replicas: int) -> bytes:
     """Run the script and wait until its writes are in the append-only file (WAITAOF, Redis 7.2)."""
     for script in (_CLAIM_SHA, None):
         async with redis.pipeline(transaction=False) as pipeline:
@@ -126,14 +128,14 @@ async def _evaluate_durably(redis: Redis, arguments: list[bytes | str | int]) ->
                 pipeline.eval(CLAIM_AND_APPEND, 3, STREAM, BYTES, IDS, *arguments)
             else:
                 pipeline.evalsha(script, 3, STREAM, BYTES, IDS, *arguments)
-            pipeline.execute_command("WAITAOF", 1, 0, FSYNC_TIMEOUT_MS)
+            pipeline.execute_command("WAITAOF", 1, replicas, FSYNC_TIMEOUT_MS)
             results, synced = await pipeline.execute(raise_on_error=False)
         if isinstance(results, NoScriptError):
             continue  # a restarted server has forgotten the script; EVAL teaches it again
         for result in (results, synced):
             if isinstance(result, Exception):
                 raise result
-        if synced[0] < 1:
+        if synced[0] < 1 or synced[1] < replicas:
             raise BufferUnavailable("the append-only file was not synced in time")
         assert isinstance(results, bytes)
         return results

@@ -4,6 +4,7 @@ Read, commit, acknowledge, in this order. A crash before the commit leaves the b
 takes them over; a crash after it hands them out once more, and the ledger recognises every event.
 """
 
+import asyncio
 import os
 import socket
 from datetime import datetime, timedelta
@@ -30,13 +31,27 @@ async def drain(resources: Resources, now: datetime, *, reclaim_after: timedelta
         resources.redis, CONSUMER, ENTRIES_PER_TRANSACTION, reclaim_after=reclaim_after
     ):
         for batch in _split(entries):
-            events = [event for entry in batch for event in entry.events]
-            async with db.transaction(resources.engine) as connection:
-                await record_events(connection, events, accepted_already=True)
-            # Died here: the batch is committed and will come again; every event in it is then a duplicate.
-            await acknowledge(resources.redis, batch)
-            drained += len(events)
+            drained += await _record(resources, batch)
     return drained
+
+
+async def _record(resources: Resources, batch: list[Entry]) -> int:
+    events = [event for entry in batch for event in entry.events]
+    try:
+        async with db.transaction(resources.engine) as connection:
+            await record_events(connection, events, accepted_already=True)
+    except db.STORAGE_ERRORS as error:
+        if len(batch) == 1 or db.is_storage_failure(error):
+            raise
+        # Something in one of them is more than the ledger can take. The others must not wait for it.
+        recorded = await asyncio.gather(*(_record(resources, [entry]) for entry in batch), return_exceptions=True)
+        failed = [result for result in recorded if isinstance(result, BaseException)]
+        if failed:
+            raise failed[0] from error
+        return len(events)
+    # Died here: the batch is committed and will come again; every event in it is then a duplicate.
+    await acknowledge(resources.redis, batch)
+    return len(events)
 
 
 def _split(entries: list[Entry]) -> list[list[Entry]]:

@@ -9,7 +9,8 @@ A crash before 3 is done leaves the caller without an answer, so it sends again;
 """
 
 from collections import Counter
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 
 import structlog
 from starlette.requests import Request
@@ -30,7 +31,25 @@ log = structlog.get_logger()
 
 MAX_BODY_BYTES = 1024 * 1024
 
+# A Redis that does not answer costs each request its time-out; one request in this long is enough to see it come back.
+LEAVE_REDIS_ALONE = timedelta(seconds=2)
+
 CONFLICT_MESSAGE = "This id was sent before with another body; the first one counts. Use a new id for a new event."
+
+
+@dataclass
+class Breaker:
+    """Whether this process leaves Redis alone for a moment, because it did not answer."""
+
+    until: datetime = datetime.min.replace(tzinfo=UTC)  # noqa: RUF009  a constant
+
+    def open(self, now: datetime) -> None:
+        """Leave Redis alone from now on, for a while."""
+        self.until = now + LEAVE_REDIS_ALONE
+
+    def is_open(self, now: datetime) -> bool:
+        """Whether to go to the ledger directly."""
+        return now < self.until
 
 
 async def receive_usage(request: Request) -> Response:
@@ -58,7 +77,8 @@ async def receive_usage(request: Request) -> Response:
         else:
             taken.append((index, event))
 
-    results = await _keep(resources, [event for _, event in taken], now) if taken else []
+    breaker: Breaker = request.app.state.breaker
+    results = await _keep(resources, breaker, [event for _, event in taken], now) if taken else []
     rejections += [
         Rejection(index, event.id, "conflict", CONFLICT_MESSAGE)
         for (index, event), result in zip(taken, results, strict=True)
@@ -80,9 +100,11 @@ async def receive_usage(request: Request) -> Response:
     )
 
 
-async def _keep(resources: Resources, events: list[UsageEvent], now: datetime) -> list[str]:
+async def _keep(resources: Resources, breaker: Breaker, events: list[UsageEvent], now: datetime) -> list[str]:
     """Put the events on a disk, Redis's or PostgreSQL's; `accepted`, `duplicate` or `conflict` for each."""
     settings = resources.settings
+    if breaker.is_open(now):
+        return await _record_directly(resources, events)
     try:
         claims = await claim_and_append(
             resources.redis,
@@ -90,13 +112,19 @@ async def _keep(resources: Resources, events: list[UsageEvent], now: datetime) -
             now,
             dedupe_hours=settings.usage_dedupe_hours,
             max_bytes=settings.usage_buffer_max_bytes,
+            replicas=settings.usage_sync_replicas,
         )
         USAGE_PATH.labels("buffer").inc()
         return list(claims)
     except BufferUnavailable as error:
         # Redis may hold the batch all the same. The ledger recognises the second copy, whichever of the two comes
         # first.
+        breaker.open(now)
         log.warning("usage_goes_to_the_ledger_directly", error=str(error))
+    return await _record_directly(resources, events)
+
+
+async def _record_directly(resources: Resources, events: list[UsageEvent]) -> list[str]:
     try:
         async with db.transaction(resources.engine) as connection:
             recorded = await record_events(connection, events, accepted_already=False)
