@@ -88,6 +88,11 @@ class Receiver:
             assert self._arrived.wait_for(complete, WAIT_SECONDS), f"of {types} came only {self.types()}"
             return list(self.got)
 
+    def wait_until(self, count: int) -> None:
+        """Waits until so many have arrived."""
+        with self._arrived:
+            assert self._arrived.wait_for(lambda: len(self.got) >= count, WAIT_SECONDS), self.types()
+
     def types(self) -> list[str]:
         return [entry["event"]["type"] for entry in self.got]
 

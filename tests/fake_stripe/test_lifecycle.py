@@ -66,10 +66,11 @@ def test_draft_follows_the_usage_and_finalizing_fixes_it(fake: Fake) -> None:
     draft = fake.client.v1.invoices.retrieve(draft.id)
     assert (draft.status, draft.amount_due) == ("draft", 350)
 
+    fake.use(customer, "0.5", at=FIRST_END - 1)  # nobody looks at the draft after this
     fake.move(FIRST_END + HOUR)
-    fake.use(customer, "4", at=FIRST_END - 1)  # too late for this invoice, and on no other
+    fake.use(customer, "7", at=FIRST_END - 1)  # too late for this invoice, and on no other
     final = fake.client.v1.invoices.retrieve(draft.id)
-    assert (final.status, final.amount_paid, final.lines.data[0].quantity_decimal) == ("paid", 350, Decimal("3.5"))
+    assert (final.status, final.amount_paid, final.lines.data[0].quantity_decimal) == ("paid", 400, Decimal(4))
     fake.move(SECOND_END + HOUR)
     assert fake.invoices(customer)[0].amount_due == 0
 
@@ -176,6 +177,31 @@ def test_unanswered_invoice_is_finalized_after_72_hours(fake: Fake, receiver: Re
     assert fake.invoices(customer)[0].status == "paid"
 
 
+def test_upcoming_invoice_has_no_id(fake: Fake, receiver: Receiver) -> None:
+    fake.post("settings", {"upcoming_invoice_days": 0})
+    customer = fake.customer()
+    subscription = fake.subscribe(customer, fake.price(fake.meter(), "100"), fake.price(amount="900"))
+    fake.post("settings", {"upcoming_invoice_days": 7})
+    fake.listen(receiver, "invoice.upcoming")
+    fake.use(customer, "2")
+    fake.move(FIRST_END - 2)
+    receiver.wait_for("invoice.upcoming")
+    fake.client.v1.subscriptions.update(subscription.id, {"metadata": {"a": "b"}})
+    fake.move(FIRST_END - 1)
+    fake.post("settle")
+    events = receiver.events("invoice.upcoming")
+    assert [event["created"] for event in events] == [FIRST_END - 7 * DAY]
+    upcoming = events[0]["data"]["object"]
+    assert "id" not in upcoming
+    assert (upcoming["amount_due"], upcoming["customer"]) == (1100, customer)
+    assert upcoming["parent"]["subscription_details"]["subscription"] == subscription.id
+    assert len(fake.invoices(customer)) == 1
+    fake.post("settings", {"upcoming_invoice_days": 0})
+    fake.move(SECOND_END)
+    fake.post("settle")
+    assert len(receiver.events("invoice.upcoming")) == 1
+
+
 def test_trial_ends_with_notice_and_shows_its_usage_for_nothing(fake: Fake) -> None:
     customer = fake.customer()
     trial_end = START + 10 * DAY
@@ -183,6 +209,7 @@ def test_trial_ends_with_notice_and_shows_its_usage_for_nothing(fake: Fake) -> N
     assert (subscription.status, subscription.trial_end) == ("trialing", trial_end)
     fake.use(customer, "4")
     performed = fake.move(trial_end + HOUR)
+    performed = [entry for entry in performed if entry["transition"] != "subscription.invoice_upcoming"]
     assert [(entry["at"], entry["transition"]) for entry in performed][:2] == [
         (trial_end - 3 * DAY, "subscription.trial_will_end"),
         (trial_end, "subscription.period_end"),

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from datetime import UTC, datetime
 from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tallystick.dev.fake_stripe.parameters import check, parse_form, shape_of
@@ -54,6 +61,35 @@ def test_answers_survive_a_restart(run_fake: Callable[..., Any], tmp_path: Path)
         with run_fake(tmp_path / "state.db") as fake:
             answers.append(fake.raw("POST", "/v1/customers", {"name": "A"}, Idempotency_Key="k").json())
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_server_saves_before_it_stops(run_fake: Callable[..., Any], tmp_path: Path, stop: signal.Signals) -> None:
+    path = tmp_path / "state.db"
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    code = "import sys; from pathlib import Path; from tallystick.dev.fake_stripe.server import serve_fake_stripe as s;"
+    code += "s('127.0.0.1', int(sys.argv[1]), Path(sys.argv[2]), 0)"
+    with subprocess.Popen([sys.executable, "-c", code, str(port), str(path)]) as server:
+        transport = httpx.HTTPTransport(retries=8)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=transport, auth=("sk_test_1", "")) as client:
+            customer = client.post("/v1/customers", data={"name": "A"}).json()["id"]
+            if stop == signal.SIGKILL:
+                # The 0.2 s after which a change is on disk have passed when another reader sees it there.
+                _wait_until_saved(path, customer)
+        server.send_signal(stop)
+    with run_fake(path) as fake:
+        assert fake.client.v1.customers.retrieve(customer).name == "A"
+
+
+def _wait_until_saved(path: Path, object_id: str) -> None:
+    with closing(sqlite3.connect(path)) as reader:
+        for _ in range(200):
+            if reader.execute("SELECT 1 FROM objects WHERE id = ?", (object_id,)).fetchone():
+                return
+            time.sleep(0.02)
+    raise AssertionError("the change was not saved within 4 s")
 
 
 def test_same_seed_same_ids(run_fake: Callable[..., Any]) -> None:

@@ -121,8 +121,7 @@ class Api:
             elif key is not None and key in self._in_progress:
                 raise _key_in_use(key)
             else:
-                call_arguments = (request, request_id, key, token, body, fingerprint, rule)
-                status, content = await self._execute(*call_arguments)
+                status, content = await self._execute(request, request_id, key, token, body, fingerprint, rule)
         except StripeError as error:
             status, content = error.status, _encode(error.body)
         self.requests.append((request_id, method, path, body, key, status, account.now()))

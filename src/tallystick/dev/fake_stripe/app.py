@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from tallystick.dev.fake_stripe.control import Control
 from tallystick.dev.fake_stripe.errors import unknown_url
 from tallystick.dev.fake_stripe.pages import page_routes
 from tallystick.dev.fake_stripe.transitions import ClockWork, plan_all
+
+logger = logging.getLogger(__name__)
 
 # Webhooks are tried again after so many real seconds; the last holds for all later tries.
 WEBHOOK_RETRY_SECONDS = (0.2, 1.0, 5.0, 30.0, 120.0, 600.0, 3600.0)
@@ -87,4 +91,8 @@ async def _keep_saving(account: Account) -> None:
         await account.state.changed.wait()
         account.state.changed.clear()
         await asyncio.sleep(SAVE_SECONDS)
-        account.state.save()
+        try:
+            account.state.save()
+        except sqlite3.Error:
+            # A full disk, or a reader that holds the file: tried again with the next change, and on stop.
+            logger.exception("the fake Stripe's state could not be saved")

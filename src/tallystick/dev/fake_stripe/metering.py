@@ -164,7 +164,7 @@ def report_errors(account: Account, report: Object) -> str:
         for error, counted in report["types"].items()
     ]
     data = {
-        "developer_message_summary": f"{total} meter events could not be billed.",
+        "developer_message_summary": f"Meter events that could not be billed: {total}.",
         "reason": {"error_count": total, "error_types": error_types},
         "validation_start": rfc3339(report["start"]),
         "validation_end": rfc3339(account.now()),
@@ -172,4 +172,4 @@ def report_errors(account: Account, report: Object) -> str:
     meter = account.state.get("billing.meter", report["id"])
     name = "v1.billing.meter.error_report_triggered" if meter else "v1.billing.meter.no_meter_found"
     emit_thin(account, name, meter, data)
-    return f"{total} errors reported"
+    return f"errors reported: {total}"

@@ -36,6 +36,10 @@ CREATE TABLE IF NOT EXISTS objects (
 )
 """
 
+UPSERT = """
+INSERT INTO objects (kind, id, body) VALUES (?, ?, ?) ON CONFLICT (kind, id) DO UPDATE SET body = excluded.body
+"""
+
 
 class State:
     """All objects, each known by its own `object` (the kind) and `id`, in the order in which they were made."""
@@ -127,24 +131,27 @@ class State:
         self._unsaved.clear()
 
     def save(self) -> None:
-        """Writes what changed since the last save, in one transaction."""
+        """Writes what changed since the last save, in one transaction. Raises sqlite3.Error, and can be tried again."""
         if self._connection is None or not self._unsaved:
             return
-        unsaved, self._unsaved = self._unsaved, {}
         kept: list[tuple[str, str, str]] = []
         gone: list[tuple[str, str]] = []
-        for kind, object_id in unsaved:
+        for kind, object_id in self._unsaved:
             item = self._objects[kind].get(object_id)
             if item is None:
                 gone.append((kind, object_id))
             else:
                 kept.append((kind, object_id, json.dumps(item, separators=(",", ":"))))
-        self._connection.execute("BEGIN")
-        self._connection.executemany("DELETE FROM objects WHERE kind = ? AND id = ?", gone)
-        self._connection.executemany(
-            "INSERT INTO objects (kind, id, body) VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET body = excluded.body", kept
-        )
-        self._connection.execute("COMMIT")
+        try:
+            self._connection.execute("BEGIN")
+            self._connection.executemany("DELETE FROM objects WHERE kind = ? AND id = ?", gone)
+            self._connection.executemany(UPSERT, kept)
+            self._connection.execute("COMMIT")
+        except sqlite3.Error:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
+        self._unsaved.clear()
 
     def close(self) -> None:
         """Saves and lets go of the file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +14,8 @@ from tallystick.dev.fake_stripe.state import Object
 
 if TYPE_CHECKING:
     from tallystick.dev.fake_stripe.account import Account
+
+logger = logging.getLogger(__name__)
 
 # Each transition: the kind of its object, when it is due on that object (None: not any more), and what it does.
 Transition = tuple[str, Callable[["Account", Object], "int | None"], Callable[["Account", Object], "str | None"]]
@@ -115,7 +118,11 @@ class ClockWork:
             due, now = account.agenda.next_due(), account.now()
             if due is not None and due <= now:
                 async with self._turn:
-                    await self._perform_until(account.now(), settle_seconds=0)
+                    try:
+                        await self._perform_until(account.now(), settle_seconds=0)
+                    except Exception:
+                        # The transition that failed is off the agenda: the clock goes on with the next.
+                        logger.exception("a transition of the fake Stripe's clock failed")
                 continue
             # A frozen clock or an empty agenda waits for a change. A running clock is looked at again each minute at
             # the latest, since it may be moved or the machine may sleep.
@@ -143,6 +150,8 @@ class ClockWork:
                 outcome = perform(account, item)
                 if outcome is not None:
                     performed.append({"at": due, "transition": name, "id": object_id, "outcome": outcome})
+                # Webhooks and calls have their turn between two transitions.
+                await asyncio.sleep(0)
         finally:
             account.clock.pinned_at = None
         return performed

@@ -241,7 +241,7 @@ class Deliveries:
                 },
             )
             status = response.status_code
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             problem = type(error).__name__
         self.attempts.append(
             {

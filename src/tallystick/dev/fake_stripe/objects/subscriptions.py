@@ -176,7 +176,7 @@ ROUTES = [
         "/v1/subscriptions",
         create,
         "SubscriptionCreateParams",
-        f"{BOTH} customer currency billing_cycle_anchor trial_period_days payment_behavior",
+        f"{BOTH} customer billing_cycle_anchor trial_period_days payment_behavior",
     ),
     Route(
         "GET",
@@ -200,11 +200,5 @@ ROUTES = [
         "SubscriptionCancelParams",
         "invoice_now prorate cancellation_details",
     ),
-    Route(
-        "POST",
-        "/v1/subscriptions/{id}/resume",
-        resume,
-        "SubscriptionResumeParams",
-        "billing_cycle_anchor proration_behavior",
-    ),
+    Route("POST", "/v1/subscriptions/{id}/resume", resume, "SubscriptionResumeParams"),
 ]
