@@ -7,6 +7,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import httpx
+import pytest
 from rich.console import Console
 
 from tallystick.dev.catalogue import CUSTOMERS, METER, create_catalogue
@@ -87,6 +88,7 @@ async def send_all(resources: Resources) -> None:
     await deliver_all(resources, now + lease(resources.settings) + timedelta(hours=1))
 
 
+@pytest.mark.timeout(240)
 async def test_whatever_is_killed_everything_accepted_is_billed_once(tmp_path: Path) -> None:
     chance = random.Random(SEED)
     async with open_stack(

@@ -43,7 +43,7 @@ DECLINED_EVERY = 3
 # The month must lie within the 34 days for which usage is taken, and its end far enough back for an hour of draft.
 ENDED_AGO = timedelta(hours=8)
 # What waits for a loop of the worker (every second or five) or for a restarted PostgreSQL waits at most this long.
-PATIENCE_SECONDS = 30
+PATIENCE_SECONDS = 90
 
 
 @dataclass

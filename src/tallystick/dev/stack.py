@@ -73,10 +73,14 @@ class Stack:
             return load_settings()
 
     async def start_process(self, name: str, *arguments: str) -> None:
-        """Start `tallystick ARGUMENTS`, logging to a file, in its own session: Ctrl-C reaches us, and we stop it."""
+        """Start `tallystick ARGUMENTS`."""
+        await self.start_command(name, sys.executable, "-m", "tallystick", *arguments)
+
+    async def start_command(self, name: str, *command: str) -> None:
+        """Start a command, logging to a file, in its own session: Ctrl-C reaches us, and we stop it."""
         with self.log_file(name).open("ab") as log:
             self.processes[name] = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "tallystick", *arguments),
+                *command,
                 env=os.environ | self.environment,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
@@ -96,6 +100,11 @@ class Stack:
         except TimeoutError:
             process.kill()
             await process.wait()
+
+    async def stop_processes(self) -> None:
+        """Stop every process, the last started first: the fake Stripe outlives those that call it."""
+        for name in reversed(self.processes):
+            await self.stop_process(name)
 
     async def wait_for(self, name: str, url: str) -> None:
         """Wait until a process answers 200 at `url`. Raises `StackError` with the end of its log if it does not."""
@@ -126,13 +135,14 @@ async def open_stack(
     (data / "logs").mkdir(parents=True, exist_ok=True)
     environment = {
         "TALLYSTICK_HOST": HOST,
-        "TALLYSTICK_PORT": str(_claim_port(ports["api"], "TALLYSTICK_PORT")),
+        "TALLYSTICK_PORT": str(claim_port(ports["api"], "TALLYSTICK_PORT")),
         "TALLYSTICK_PORTAL_RETURN_ORIGINS": given.get("TALLYSTICK_PORTAL_RETURN_ORIGINS", "http://localhost:3000"),
     }
     async with AsyncExitStack() as parts:
         stack = Stack(data, environment, None, None)
         with console.status("starting PostgreSQL and Valkey"):
             await _start_stores(stack, parts, given)
+        parts.push_async_callback(stack.stop_processes)
         if given.get("STRIPE_API_KEY"):
             environment |= {name: given[name] for name in given if name.startswith("STRIPE_")}
         else:
@@ -146,7 +156,6 @@ async def open_stack(
         with console.status("starting the API and the worker"):
             for name, command in (("api", "serve"), ("worker", "worker")):
                 await stack.start_process(name, command)
-                parts.push_async_callback(stack.stop_process, name)
             await stack.wait_for("api", f"{stack.api_url}/readyz")
         yield stack
 
@@ -243,16 +252,15 @@ async def _start_stores(stack: Stack, parts: AsyncExitStack, given: Mapping[str,
 
 
 async def _start_fake_stripe(stack: Stack, parts: AsyncExitStack, port: int) -> None:
-    port = _claim_port(port, "the fake Stripe")
+    port = claim_port(port, "the fake Stripe")
     secret = _keep_secret(stack.data / "webhook_secret", lambda: f"whsec_{secrets.token_hex(24)}")
     stack.environment |= {
         "STRIPE_API_KEY": "sk_test_fake",
         "STRIPE_WEBHOOK_SECRET": secret,
         "STRIPE_API_BASE": f"http://{HOST}:{port}",
     }
-    state = stack.data / "fake-stripe.json"
+    state = stack.data / "fake-stripe.db"
     await stack.start_process("fake-stripe", "fake-stripe", "--port", str(port), "--state", str(state))
-    parts.push_async_callback(stack.stop_process, "fake-stripe")
     await stack.wait_for("fake-stripe", f"{stack.stripe_url}/_fake/clock")
     async with httpx.AsyncClient(base_url=stack.stripe_url, timeout=10) as control:
         answer = await control.post(
@@ -276,7 +284,7 @@ def _keep_secret(file: Path, make: Callable[[], str]) -> str:
     return file.read_text().strip()
 
 
-def _claim_port(port: int, name: str) -> int:
+def claim_port(port: int, name: str) -> int:
     """A free port: the given one, which must be free, or any for 0."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
