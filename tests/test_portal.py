@@ -99,8 +99,17 @@ async def test_stripe_away_is_a_503_and_stripe_refusing_a_502(
     await fake_stripe.control.post("/_fake/faults", json=rule)
     answer = await client.post("/v1/portal/sessions", json={"customer": "acme"})
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
-    answer = await client.post("/v1/portal/sessions", json={"customer": "acme", "configuration": "bpc_unknown"})
+    (await fake_stripe.control.post("/_fake/settings", json={"portal_default_configuration": False})).raise_for_status()
+    answer = await client.post("/v1/portal/sessions", json={"customer": "acme"})
     assert (answer.status_code, answer.json()["type"]) == (502, "urn:tallystick:problem:stripe-refused")
+
+
+@pytest.mark.parametrize(("field", "value"), [("configuration", "bpc_unknown"), ("locale", "xx")])
+async def test_what_stripe_does_not_take_is_named(
+    client: httpx.AsyncClient, customer: str, field: str, value: str
+) -> None:
+    answer = await client.post("/v1/portal/sessions", json={"customer": "acme", field: value})
+    assert (answer.status_code, answer.json()["field"]) == (422, field)
 
 
 async def test_the_url_is_nowhere_in_the_database(

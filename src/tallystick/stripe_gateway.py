@@ -1,6 +1,6 @@
 """Stripe's SDK: one client, pinned version, and its errors translated once."""
 
-from typing import Any
+from typing import Any, Final
 
 import stripe
 from stripe import StripeClient
@@ -9,7 +9,7 @@ from tallystick.config import Settings
 from tallystick.errors import Problem, StripeRefused, Unavailable
 
 # The version that stripe 16.1 was generated for; every answer has its shape, whatever the account's default is.
-API_VERSION = "2026-10-28.endive"
+API_VERSION: Final = "2026-10-28.endive"
 
 STRIPE_ERRORS = (stripe.StripeError,)
 
@@ -49,6 +49,11 @@ def is_missing(error: stripe.StripeError, parameter: str) -> bool:
     """Whether Stripe does not know the object that a parameter named."""
     named: Any = getattr(error, "param", None)
     return error_code(error) == "resource_missing" and named == parameter
+
+
+def refused_parameter(error: stripe.StripeError) -> str | None:
+    """The parameter that Stripe refused to take, as it names it; None when something else was wrong."""
+    return error.param if isinstance(error, stripe.InvalidRequestError) else None
 
 
 def to_problem(error: stripe.StripeError) -> Problem:

@@ -15,11 +15,14 @@ from tallystick import db
 from tallystick.auth import bearer, require_scope
 from tallystick.errors import InvalidRequest, NotFound
 from tallystick.resources import Resources
-from tallystick.stripe_gateway import STRIPE_ERRORS, is_missing, to_problem
+from tallystick.stripe_gateway import STRIPE_ERRORS, is_missing, refused_parameter, to_problem
 
 router = APIRouter(dependencies=[bearer])
 
 Reference = Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$")]
+# Stripe's parameters that are the caller's own choice → the fields in which the caller made it.
+FIELDS = {"return_url": "return_url", "configuration": "configuration", "locale": "locale", "flow_data[type]": "flow"}
+
 Flow = Literal["payment_method_update"]
 
 
@@ -66,7 +69,11 @@ async def create_portal_session(request: Request, response: Response, body: Port
     try:
         session = await resources.stripe.v1.billing_portal.sessions.create_async(_parameters(customer, body))
     except STRIPE_ERRORS as error:
-        raise (_unknown(body.customer) if is_missing(error, "customer") else to_problem(error)) from error
+        if is_missing(error, "customer"):
+            raise _unknown(body.customer) from error
+        if (refused := refused_parameter(error)) in FIELDS:
+            raise InvalidRequest("Stripe does not take this value.", field=FIELDS[refused]) from error
+        raise to_problem(error) from error
     response.headers["Cache-Control"] = "no-store"
     return PortalSession(url=session.url, customer=customer)
 
