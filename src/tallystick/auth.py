@@ -113,6 +113,8 @@ async def authenticate(request: Request, scope: str) -> ApiKey:
     if scheme.lower() != "bearer" or len(parts) != 3 or parts[0] != "tsk":
         raise Unauthorized("Send the API key as: Authorization: Bearer tsk_…")
     key_id, secret = parts[1], parts[2]
+    if not key_id.isalnum():
+        raise Unauthorized("The API key is not valid. It may have been revoked, or have expired.")
     now = datetime.now(UTC)
     key = await _find_key(request.app.state.keys, request.app.state.resources.engine, key_id, now)
     # The comparison runs for unknown ids too, and takes the same time wherever the first difference lies.

@@ -8,6 +8,8 @@ TallystickError
     ├── Unauthorized       401      no valid API key
     ├── Forbidden          403      the key lacks the scope
     ├── NotFound           404
+    │   ├── UnknownCustomer         no Stripe customer has this name
+    │   └── UnknownEvent            no Stripe event with this id came here
     ├── TooLarge           413
     ├── TooBusy            429      the usage buffer is full
     ├── StorageFailed      500      PostgreSQL failed; Stripe is to retry
@@ -115,12 +117,45 @@ class NotFound(Problem):
     title = "There is nothing here"
 
 
+class UnknownCustomer(NotFound):
+    """No Stripe customer is known by a name."""
+
+    type = "unknown-customer"
+    title = "No customer is known by this name"
+
+    def __init__(self, ref: str) -> None:
+        super().__init__(f"No Stripe customer is known as {ref!a}.")
+
+
+class UnknownEvent(NotFound):
+    """No Stripe event with an id was received."""
+
+    type = "unknown-event"
+    title = "No such event was received"
+
+
 class TooLarge(Problem):
     """The body exceeds its limit."""
 
     status = 413
     type = "too-large"
     title = "The request body is too large"
+
+
+class Unsupported(Problem):
+    """The body's format or encoding is not known here; `header` says which ones are (RFC 9110, 15.5.16)."""
+
+    status = 415
+    type = "unsupported-media-type"
+    title = "The body's format or encoding is not supported"
+
+    def __init__(self, detail: str, *, type: str, header: tuple[str, str]) -> None:
+        super().__init__(detail, type=type)
+        self.header = header
+
+    def headers(self) -> Mapping[str, str]:
+        """Those of every problem, and `Accept` or `Accept-Encoding`."""
+        return {**super().headers(), self.header[0]: self.header[1]}
 
 
 class TooBusy(Problem):

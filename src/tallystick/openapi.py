@@ -6,6 +6,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from tallystick.usage.events import MAX_AGE, MAX_AHEAD, MAX_DECIMALS, MAX_DIGITS, MAX_EVENTS, MAX_TEXT
+from tallystick.usage.formats import CLOUDEVENT, CLOUDEVENTS_BATCH, JSON, NDJSON
 
 PROBLEM = {
     "description": "A problem (RFC 9457)",
@@ -46,6 +47,26 @@ SCHEMAS: dict[str, Any] = {
             },
         },
     },
+    "CloudEvent": {
+        "type": "object",
+        "description": "CloudEvents 1.0; extension attributes are allowed. Its id as a usage event is `<source> <id>`.",
+        "required": ["specversion", "id", "source", "type", "subject"],
+        "properties": {
+            "specversion": {"const": "1.0"},
+            "id": _TEXT | {"description": "Unique within its source."},
+            "source": _TEXT | {"format": "uri-reference"},
+            "type": _TEXT | {"description": "The meter."},
+            "subject": _TEXT | {"description": "The customer."},
+            "time": {"type": "string", "format": "date-time", "description": "As the timestamp of a usage event."},
+            "datacontenttype": {"type": "string", "default": "application/json"},
+            "data": {
+                "type": "object",
+                "required": ["value"],
+                "properties": {"value": {"$ref": "#/components/schemas/UsageEvent/properties/value"}},
+                "description": "Without it, the value is 1. Other members are ignored.",
+            },
+        },
+    },
     "UsageAnswer": {
         "type": "object",
         "required": ["accepted", "duplicates", "rejected"],
@@ -65,9 +86,38 @@ SCHEMAS: dict[str, Any] = {
                     },
                 },
             },
+            "results": {
+                "type": "array",
+                "description": "Only with `results=all`: one for each event, in the order of the request.",
+                "items": {
+                    "type": "object",
+                    "required": ["index", "id", "result"],
+                    "properties": {
+                        "index": {"type": "integer"},
+                        "id": {"type": ["string", "null"]},
+                        "result": {"enum": ["accepted", "duplicate", "conflict", "rejected"]},
+                        "code": {"type": "string", "description": "Of a conflict or a rejected event."},
+                        "message": {"type": "string", "description": "Of a conflict or a rejected event."},
+                    },
+                },
+            },
         },
     },
 }
+
+
+def _one_or_many(name: str) -> dict[str, Any]:
+    return {"oneOf": [{"$ref": f"#/components/schemas/{name}"}, _many(name)]}
+
+
+def _many(name: str, least: int = 1) -> dict[str, Any]:
+    return {
+        "type": "array",
+        "minItems": least,
+        "maxItems": MAX_EVENTS,
+        "items": {"$ref": f"#/components/schemas/{name}"},
+    }
+
 
 _USAGE_ANSWER = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/UsageAnswer"}}}}
 
@@ -76,27 +126,39 @@ PATHS: dict[str, Any] = {
         "post": {
             "tags": ["usage"],
             "summary": "Post usage",
-            "description": "One event or an array of them. 202 once every accepted event is on disk. After a 429, a 5xx"
-            " or no answer at all, send the same events again. Needs the scope `usage:write`.",
+            "description": f"Up to {MAX_EVENTS} events and 1 MiB a request, as JSON, NDJSON or CloudEvents (also in"
+            " binary mode, with `ce-…` headers). No Content-Type, and curl's `application/x-www-form-urlencoded`, are"
+            " read as JSON. 202 once every accepted event is on disk. After a 429, a 5xx or no answer at all, send the"
+            " same events again. Needs the scope `usage:write`.",
             "operationId": "post_usage",
             "security": [{"HTTPBearer": []}],
+            "parameters": [
+                {
+                    "name": "results",
+                    "in": "query",
+                    "description": "`all`: say of each event what became of it, not only of those that were rejected.",
+                    "schema": {"enum": ["all"]},
+                },
+                {
+                    "name": "Content-Encoding",
+                    "in": "header",
+                    "description": "The limit of 1 MiB is that of the decompressed body.",
+                    "schema": {"enum": ["gzip", "identity"], "default": "identity"},
+                },
+            ],
             "requestBody": {
                 "required": True,
                 "content": {
-                    "application/json": {
-                        "schema": {
-                            "oneOf": [
-                                {"$ref": "#/components/schemas/UsageEvent"},
-                                {
-                                    "type": "array",
-                                    "minItems": 1,
-                                    "maxItems": MAX_EVENTS,
-                                    "items": {"$ref": "#/components/schemas/UsageEvent"},
-                                },
-                            ]
-                        },
+                    JSON: {
+                        "schema": _one_or_many("UsageEvent"),
                         "example": [{"id": "req-1", "customer": "acme", "meter": "api_requests", "value": "1.5"}],
-                    }
+                    },
+                    **{
+                        media_type: {"schema": {"type": "string", "description": "One UsageEvent a line."}}
+                        for media_type in sorted(NDJSON)
+                    },
+                    CLOUDEVENT: {"schema": {"$ref": "#/components/schemas/CloudEvent"}},
+                    CLOUDEVENTS_BATCH: {"schema": _many("CloudEvent", least=0)},
                 },
             },
             "responses": {
@@ -106,6 +168,7 @@ PATHS: dict[str, Any] = {
                 "401": PROBLEM,
                 "403": PROBLEM,
                 "413": PROBLEM,
+                "415": PROBLEM,
                 "422": {
                     "description": "All events were rejected, or there were none",
                     "content": _USAGE_ANSWER["content"] | PROBLEM["content"],  # type: ignore[operator]

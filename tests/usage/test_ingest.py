@@ -1,12 +1,21 @@
 """`POST /v1/usage` and `GET /v1/usage` as a product service sees them."""
 
 import asyncio
+import gzip
+import json
+import tracemalloc
+import zlib
+from collections.abc import MutableMapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
+from hypothesis import HealthCheck, Phase, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from tallystick import db
 from tallystick.auth import create_key
@@ -145,6 +154,215 @@ async def test_with_neither_redis_nor_postgres_the_answer_is_503_and_says_when_t
     assert answer.status_code == 503
     assert answer.headers["retry-after"] == "2"
     assert answer.headers["content-type"] == "application/problem+json"
+
+
+def ndjson(*events: dict[str, object]) -> bytes:
+    return b"".join(json.dumps(one).encode() + b"\n" for one in events)
+
+
+NDJSON = {"Content-Type": "application/x-ndjson"}
+GZIP = {"Content-Encoding": "gzip"}
+
+
+async def test_in_ndjson_a_broken_line_is_rejected_and_the_others_go_on(
+    client: httpx.AsyncClient, resources: Resources
+) -> None:
+    body = ndjson(event("a")) + b'\n{"id": "b", "cus\n' + ndjson(event("c"), event("a"))
+    answer = await client.post("/v1/usage", content=body, headers=NDJSON)
+    assert answer.status_code == 202
+    assert (answer.json()["accepted"], answer.json()["duplicates"]) == (2, 1)
+    assert [(bad["index"], bad["id"], bad["code"]) for bad in answer.json()["rejected"]] == [(1, None, "invalid_json")]
+    answer = await client.post("/v1/usage", content=b"{\n}\n", headers=NDJSON)
+    assert (answer.status_code, len(answer.json()["rejected"])) == (422, 2)
+    await drain(resources, NOW)
+    assert (await conservation(resources)).accepted == Decimal("3.0")
+
+
+async def test_a_cloudevent_counts_once_in_whatever_mode_it_comes(
+    client: httpx.AsyncClient, resources: Resources
+) -> None:
+    attributes = {"specversion": "1.0", "id": "1", "source": "/eu", "type": METER, "subject": "acme"}
+    structured = attributes | {"data": {"value": 2.5}}
+    of_another = structured | {"source": "/us"}
+    for content, headers, expected in (
+        (json.dumps(structured), {"Content-Type": "application/cloudevents+json"}, (1, 0)),
+        ('{"value": "2.50"}', {f"ce-{name}": value for name, value in attributes.items()}, (0, 1)),
+        (json.dumps([structured, of_another]), {"Content-Type": "application/cloudevents-batch+json"}, (1, 1)),
+        (json.dumps(event("/us 1", value="2.5", timestamp=None)), {"Content-Type": "application/json"}, (0, 1)),
+        ("[]", {"Content-Type": "application/cloudevents-batch+json"}, (0, 0)),
+    ):
+        answer = await client.post("/v1/usage", content=content, headers=headers)
+        assert (answer.status_code, answer.json()["accepted"], answer.json()["duplicates"]) == (202, *expected)
+    await drain(resources, NOW)
+    assert await read_all(resources, "SELECT source, id, customer_ref, meter FROM usage_events ORDER BY id") == [
+        ("tests", "/eu 1", "acme", METER),
+        ("tests", "/us 1", "acme", METER),
+    ]
+
+
+async def test_every_event_can_be_named_with_what_became_of_it(client: httpx.AsyncClient) -> None:
+    await client.post("/v1/usage", json=[event("known"), event("other")])
+    batch = [event("new"), event("known"), 7, event("other", value=9), event("bad", value="x"), event("new")]
+    answer = await client.post("/v1/usage?results=all", json=batch)
+    assert answer.status_code == 202
+    results = answer.json()["results"]
+    assert [(one["index"], one["id"], one["result"], one.get("code")) for one in results] == [
+        (0, "new", "accepted", None),
+        (1, "known", "duplicate", None),
+        (2, None, "rejected", "not_an_object"),
+        (3, "other", "conflict", "conflict"),
+        (4, "bad", "rejected", "invalid_value"),
+        (5, "new", "duplicate", None),
+    ]
+    assert "results" not in (await client.post("/v1/usage", json=batch)).json()
+    answer = await client.post("/v1/usage?results=some", json=event("unsent"))
+    assert (answer.status_code, answer.json()["field"]) == (422, "results")
+    assert (await client.post("/v1/usage", json=event("unsent"))).json()["accepted"] == 1
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "x-gzip", "GZIP", "identity, gzip"])
+async def test_a_gzip_body_is_read(client: httpx.AsyncClient, encoding: str) -> None:
+    raw = ndjson(*(event(str(n)) for n in range(1000)))
+    joined = gzip.compress(raw[:50_000]) + gzip.compress(raw[50_000:])  # as `cat a.gz b.gz` joins them
+    for content, expected in ((gzip.compress(raw), (1000, 0)), (joined, (0, 1000))):
+        answer = await client.post("/v1/usage", content=content, headers=NDJSON | {"Content-Encoding": encoding})
+        assert (answer.json()["accepted"], answer.json()["duplicates"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "detail"),
+    [
+        (b"[]", "is damaged"),
+        (zlib.compress(b"[]"), "is damaged"),
+        (gzip.compress(b"[{}]")[:-1], "ends early"),
+        (gzip.compress(b"[{}]")[:15], "ends early"),
+        (gzip.compress(b"[{}]")[:-8] + bytes(8), "is damaged"),
+        (gzip.compress(b"[{}]") + b"more", "is damaged"),
+        (gzip.compress(b"") * 1001, "members"),
+    ],
+    # The bytes hold the time at which they were made, which two test processes must not name a test by.
+    ids=["json", "zlib", "without its last byte", "cut", "wrong checksum", "with more behind", "too many members"],
+)
+async def test_a_broken_gzip_stream_is_a_400(client: httpx.AsyncClient, content: bytes, detail: str) -> None:
+    answer = await client.post("/v1/usage", content=content, headers=GZIP)
+    assert (answer.status_code, answer.json()["type"]) == (400, "urn:tallystick:problem:invalid-gzip")
+    assert detail in answer.json()["detail"]
+
+
+async def test_a_bomb_is_stopped_early_and_the_limit_is_that_of_the_decompressed_body(
+    client: httpx.AsyncClient,
+) -> None:
+    mebibyte = json.dumps([event()]).encode().ljust(1024 * 1024)
+    assert (await client.post("/v1/usage", content=gzip.compress(mebibyte), headers=GZIP)).status_code == 202
+    answer = await client.post("/v1/usage", content=gzip.compress(mebibyte + b" "), headers=GZIP)
+    assert (answer.status_code, answer.json()["type"]) == (413, "urn:tallystick:problem:too-large")
+    in_parts = gzip.compress(mebibyte[: 1024 * 1000]) * 2
+    assert (await client.post("/v1/usage", content=in_parts, headers=GZIP)).status_code == 413
+
+    bomb = gzip.compress(bytes(64 * 1024 * 1024))
+    tracemalloc.start()
+    try:
+        answer = await client.post("/v1/usage", content=bomb, headers=GZIP)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert answer.status_code == 413
+    assert most < 8 * 1024 * 1024
+
+
+@pytest.mark.parametrize("encoding", ["br", "deflate", "zstd", "gzip, gzip", "gzip, br", "é", "*"])
+async def test_other_encodings_are_refused_with_the_one_that_is_taken(client: httpx.AsyncClient, encoding: str) -> None:
+    headers = {b"Content-Encoding": encoding.encode("latin-1")}
+    answer = await client.post("/v1/usage", content=b"x", headers=headers)
+    assert (answer.status_code, answer.headers["accept-encoding"]) == (415, "gzip, identity")
+    assert answer.json()["type"] == "urn:tallystick:problem:unsupported-encoding"
+
+
+async def test_another_content_type_is_refused_with_those_that_are_taken(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/usage", json=event(), headers={"Content-Type": "text/csv"})
+    assert (answer.status_code, answer.headers["content-type"]) == (415, "application/problem+json")
+    assert "application/x-ndjson" in answer.headers["accept"]
+    assert answer.json()["type"] == "urn:tallystick:problem:unsupported-media-type"
+
+
+WORDS = st.sampled_from(["1.0", "gzip", "acme", METER, "9" * 5000, "application/cloudevents+json", *NDJSON.values()])
+HEADER_NAMES = ["content-type", "content-encoding", "content-length", "ce-specversion", "ce-id", "ce-source", "ce-type"]
+HEADERS = st.dictionaries(
+    st.sampled_from([*HEADER_NAMES, "ce-subject", "ce-time", "ce-data"]),
+    WORDS | st.text(st.characters(max_codepoint=255), max_size=20),
+)
+TEXT = st.text(st.characters(exclude_categories=()), max_size=100)  # lone surrogates too
+NAMED = st.dictionaries(
+    st.sampled_from(["value", "timestamp", "id", "customer", "meter"]) | TEXT,
+    st.floats() | st.integers() | TEXT | st.none(),
+    max_size=2,
+)
+DOCUMENTS = st.lists(NAMED.map(lambda changed: event() | changed) | NAMED, max_size=3).map(
+    lambda some: json.dumps(some)
+)
+BODIES = st.binary(max_size=50) | DOCUMENTS.map(str.encode)
+BODIES |= BODIES.map(gzip.compress)
+
+
+@hypothesis_settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    phases=[Phase.reuse, Phase.generate],  # the examples are small as they are, and shrinking takes minutes here
+)
+@given(body=BODIES, headers=HEADERS, query=st.sampled_from([b"", b"results=all", b"results=%ff%00"]))
+async def test_whatever_the_bytes_the_answer_is_never_a_5xx(
+    app: FastAPI, api_key: str, body: bytes, headers: dict[str, str], query: bytes
+) -> None:
+    fields = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+    status, answer = await call(app, api_key, body, fields, query)
+    assert status in (202, 400, 413, 415, 422), answer
+    json.loads(answer)
+
+
+async def call(
+    app: FastAPI, api_key: str, body: bytes, headers: list[tuple[bytes, bytes]], query: bytes = b""
+) -> tuple[int, bytes]:
+    """The application called as a server calls it, with bytes that no HTTP client would send."""
+    parts = [{"type": "http.request", "body": body, "more_body": False}] if body != b"hung up" else []
+    sent: list[MutableMapping[str, Any]] = []
+
+    async def receive() -> MutableMapping[str, Any]:
+        return parts.pop() if parts else {"type": "http.disconnect"}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    await app(
+        {
+            "type": "http",
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": "/v1/usage",
+            "raw_path": b"/v1/usage",
+            "query_string": query,
+            "root_path": "",
+            "headers": [(b"authorization", f"Bearer {api_key}".encode()), *headers],
+        },
+        receive,
+        send,
+    )
+    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
+
+
+@pytest.mark.parametrize(
+    ("declared", "status"), [(b"9" * 5000, 413), (b"1048577", 413), (b"-1", 400), (b"1e3", 400), (b"\xb2", 400)]
+)
+async def test_a_declared_length_is_checked_before_the_body_is_read(
+    app: FastAPI, api_key: str, declared: bytes, status: int
+) -> None:
+    assert (await call(app, api_key, b"hung up", [(b"content-length", declared)]))[0] == status
+
+
+async def test_a_sender_that_hangs_up_in_the_middle_is_not_our_failure(app: FastAPI, api_key: str) -> None:
+    status, _ = await call(app, api_key, b"hung up", [])
+    assert status == 400
 
 
 async def test_a_body_over_a_mebibyte_is_refused(client: httpx.AsyncClient) -> None:

@@ -1,14 +1,11 @@
-"""A usage event: its form, and the one pass that turns JSON into events or into named rejections."""
+"""A usage event: its form, and what each of its fields may be."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any, NamedTuple, NoReturn
-
-from tallystick.errors import InvalidRequest
+from typing import Any, NamedTuple, TypeGuard
 
 MAX_EVENTS = 1_000
 MAX_TEXT = 100
@@ -21,7 +18,7 @@ MAX_AGE = timedelta(days=34)
 MAX_AHEAD = timedelta(minutes=5)
 
 FIELDS = frozenset({"id", "customer", "meter", "value", "timestamp"})
-
+NUMBER_CHARACTERS = frozenset("0123456789+-.eE")
 
 Key = tuple[str, str]
 
@@ -66,96 +63,102 @@ class Rejection:
         return {"index": self.index, "id": self.id, "code": self.code, "message": self.message}
 
 
-class _Bad(Exception):
+class BadEvent(Exception):
+    """What is wrong with one event; the others of its request go on."""
+
     def __init__(self, code: str, message: str) -> None:
         self.code, self.message = code, message
 
 
-def parse_events(raw: bytes, source: str, now: datetime) -> tuple[list[tuple[int, UsageEvent]], list[Rejection]]:
-    """Read a JSON object or array of at most `MAX_EVENTS` events.
+class Unreadable(NamedTuple):
+    """Stands where an event's object should be: it could not be read, for this reason."""
 
-    Returns the good events with their index in the request, and a rejection for each of the others. Raises
-    `InvalidRequest` when the body as a whole cannot be read: nothing of it was taken then.
-    """
-    try:
-        document = json.loads(raw, parse_float=Decimal, parse_int=Decimal, parse_constant=_refuse_constant)
-    except (ValueError, ArithmeticError, RecursionError) as error:
-        raise InvalidRequest("The body is not valid JSON.", type="invalid-json", status=400) from error
-    candidates = document if isinstance(document, list) else [document]
-    if not candidates:
-        raise InvalidRequest("The array of events is empty.", type="no-events")
-    if len(candidates) > MAX_EVENTS:
-        raise InvalidRequest(
-            f"{len(candidates)} events in one request; at most {MAX_EVENTS} are taken.",
-            type="too-many-events",
-            status=413,
-        )
-    events: list[tuple[int, UsageEvent]] = []
-    rejections: list[Rejection] = []
-    for index, candidate in enumerate(candidates):
-        try:
-            events.append((index, _read_event(candidate, source, now)))
-        except _Bad as bad:
-            given = candidate.get("id") if isinstance(candidate, dict) else None
-            known_id = given if isinstance(given, str) and len(given) <= MAX_TEXT and _is_clean(given) else None
-            rejections.append(Rejection(index, known_id, bad.code, bad.message))
-    return events, rejections
+    code: str
+    message: str
+    id: object = None
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")  # RFC 8259 has no NaN and no Infinity
-
-
-def _read_event(candidate: Any, source: str, now: datetime) -> UsageEvent:
-    if not isinstance(candidate, dict):
-        raise _Bad("not_an_object", "An event is a JSON object.")
-    if not candidate.keys() <= FIELDS:
-        # A misspelt "value" that was ignored would bill 1.
-        unknown = min(candidate.keys() - FIELDS)[:MAX_TEXT]
-        raise _Bad("unknown_field", f"There is no field {unknown!a}; there are: {', '.join(sorted(FIELDS))}.")
-    timestamp = _read_timestamp(candidate.get("timestamp"), now)
+def read_event(candidate: Any, source: str, now: datetime) -> UsageEvent:
+    """The event that an object of JSON describes (numbers as `Decimal`). Raises `BadEvent`."""
+    event = require_object(candidate)
+    if not event.keys() <= FIELDS:
+        raise _name_unknown_field(event)
+    value, given_time = event.get("value"), event.get("timestamp")
+    timestamp = None if given_time is None else read_timestamp(given_time, "timestamp", now)
     return UsageEvent(
         source=source,
-        id=_read_text(candidate, "id"),
-        customer_ref=_read_text(candidate, "customer"),
-        meter=_read_text(candidate, "meter"),
-        value=_read_value(candidate.get("value")),
+        id=read_text(event, "id"),
+        customer_ref=read_text(event, "customer"),
+        meter=read_text(event, "meter"),
+        value=Decimal(1) if value is None else read_value(value, "value"),
         timestamp=timestamp or now,
         stamped=timestamp is None,
         received_at=now,
     )
 
 
-def _read_text(candidate: Mapping[str, Any], name: str) -> str:
-    value = candidate.get(name)
-    if value is None:
-        raise _Bad("missing_field", f"The field {name!r} is missing.")
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT or not _is_clean(value):
-        raise _Bad(
-            "invalid_field",
-            f"The field {name!r} must be a string of 1 to {MAX_TEXT} characters without control characters.",
+def find_id(candidate: Any) -> str | None:
+    """The id of an event that was refused, if it can be shown."""
+    given: Any = None
+    if isinstance(candidate, dict):
+        given = candidate.get("id")
+    elif isinstance(candidate, Unreadable):
+        given = candidate.id
+    return given if is_text(given) else None
+
+
+def require_object(candidate: Any) -> dict[str, Any]:
+    """The candidate, if it is an object that could be read. Raises `BadEvent`."""
+    if isinstance(candidate, dict):
+        return candidate
+    if isinstance(candidate, Unreadable):
+        raise BadEvent(candidate.code, candidate.message)
+    raise BadEvent("not_an_object", "An event is a JSON object.")
+
+
+def _name_unknown_field(event: Mapping[str, Any]) -> BadEvent:
+    # A misspelt "value" that was ignored would bill 1.
+    if "specversion" in event:
+        return BadEvent(
+            "unknown_field", "This is a CloudEvent; send it as application/cloudevents+json (or -batch+json)."
         )
-    return value
+    unknown = min(event.keys() - FIELDS)[:MAX_TEXT]
+    return BadEvent("unknown_field", f"There is no field {unknown!a}; there are: {', '.join(sorted(FIELDS))}.")
+
+
+def read_text(fields: Mapping[str, Any], name: str) -> str:
+    """The field of this name: a short string. Raises `BadEvent`."""
+    value = fields.get(name)
+    if is_text(value):
+        return value
+    if value is None:
+        raise BadEvent("missing_field", f"The field {name!r} is missing.")
+    raise BadEvent(
+        "invalid_field",
+        f"The field {name!r} must be a string of 1 to {MAX_TEXT} characters without control characters.",
+    )
+
+
+def is_text(value: Any) -> TypeGuard[str]:
+    """Whether it can be an id, a reference or a name."""
+    return isinstance(value, str) and 0 < len(value) <= MAX_TEXT and (value.isprintable() or _is_clean(value))
 
 
 def _is_clean(value: str) -> bool:
     # Control characters do not belong in names (PostgreSQL refuses NUL); lone surrogates cannot be written as UTF-8.
-    return value.isprintable() or not any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) <= 0xDFFF for c in value)
+    return not any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) <= 0xDFFF for c in value)
 
 
-def _read_value(value: Any) -> Decimal:
-    if value is None:
-        return Decimal(1)
+def read_value(value: Any, name: str) -> Decimal:
+    """An exact quantity from a number (as `Decimal`) or a string. Raises `BadEvent`, which calls it `name`."""
     if isinstance(value, str):
         # Decimal() also takes "1_000", " 1 ", "NaN" and other scripts' digits; a quantity is plain ASCII.
-        if not 0 < len(value) <= 40 or not set(value) <= set("0123456789+-.eE"):
-            raise _Bad("invalid_value", "The field 'value' must be a decimal number.")
         try:
-            value = Decimal(value)
+            value = Decimal(value) if 0 < len(value) <= 40 and set(value) <= NUMBER_CHARACTERS else None
         except ArithmeticError:
-            raise _Bad("invalid_value", "The field 'value' must be a decimal number.") from None
+            value = None
     if not isinstance(value, Decimal):
-        raise _Bad("invalid_value", "The field 'value' must be a decimal number.")
+        raise BadEvent("invalid_value", f"The field {name!r} must be a decimal number.")
     # Bounded before anything is written out: the plain form of 1E+999999 has a million digits.
     if abs(value.adjusted()) < 40 and len(value.as_tuple().digits) < 40:
         written = plain(value)
@@ -164,9 +167,9 @@ def _read_value(value: Any) -> Decimal:
             return Decimal(written)
     elif value == 0:
         return Decimal(0)
-    raise _Bad(
+    raise BadEvent(
         "value_out_of_range",
-        f"The field 'value' may have at most {MAX_DIGITS} digits, at most {MAX_DECIMALS} of them after the point.",
+        f"The field {name!r} may have at most {MAX_DIGITS} digits, at most {MAX_DECIMALS} of them after the point.",
     )
 
 
@@ -178,43 +181,45 @@ def plain(value: Decimal) -> str:
     return "0" if written in ("-0", "") else written
 
 
-def _read_timestamp(value: Any, now: datetime) -> datetime | None:
-    if value is None:
-        return None
+def read_timestamp(value: Any, name: str, now: datetime) -> datetime:
+    """A time from RFC 3339 text or Unix seconds that can still be billed. Raises `BadEvent`, which calls it `name`."""
     if isinstance(value, Decimal):
-        timestamp = _from_unix(value)
+        timestamp = _from_unix(value, name)
     elif isinstance(value, str) and 0 < len(value) <= 40:
-        timestamp = _from_text(value)
+        timestamp = _from_text(value, name)
     else:
-        raise _Bad("invalid_timestamp", "The field 'timestamp' must be RFC 3339 text or Unix seconds.")
+        raise _not_a_time(name)
     if timestamp > now + MAX_AHEAD:
-        raise _Bad(
-            "timestamp_in_future", f"The field 'timestamp' lies more than {MAX_AHEAD.seconds // 60} minutes ahead."
+        raise BadEvent(
+            "timestamp_in_future", f"The field {name!r} lies more than {MAX_AHEAD.seconds // 60} minutes ahead."
         )
     if timestamp < now - MAX_AGE:
-        raise _Bad(
+        raise BadEvent(
             "timestamp_too_old",
-            f"The field 'timestamp' lies more than {MAX_AGE.days} days back; Stripe would refuse it.",
+            f"The field {name!r} lies more than {MAX_AGE.days} days back; Stripe would refuse it.",
         )
     return timestamp
 
 
-def _from_text(value: str) -> datetime:
+def _from_text(value: str, name: str) -> datetime:
     try:
-        timestamp = datetime.fromisoformat(value)
+        timestamp = datetime.fromisoformat(value.upper())  # RFC 3339 also knows "z"
         if timestamp.tzinfo is None:
             # Guessing a time zone would put usage into the wrong hour, and at a period's end on the wrong invoice.
-            raise _Bad("invalid_timestamp", "The field 'timestamp' needs a time zone, as in 2026-01-31T23:59:59Z.")
+            raise BadEvent("invalid_timestamp", f"The field {name!r} needs a time zone, as in 2026-01-31T23:59:59Z.")
         return timestamp.astimezone(UTC)
     except (ValueError, OverflowError):
-        raise _Bad("invalid_timestamp", "The field 'timestamp' must be RFC 3339 text or Unix seconds.") from None
+        raise _not_a_time(name) from None
 
 
-def _from_unix(value: Decimal) -> datetime:
+def _from_unix(value: Decimal, name: str) -> datetime:
     # Compared first: arithmetic on 1E+999999 would cost what an attacker likes.
     if not 0 <= value < Decimal("1e11"):
-        raise _Bad("invalid_timestamp", "The field 'timestamp' must be RFC 3339 text or Unix seconds.")
-    # Parsing already refused more digits than microseconds have a use for; the rest is cut, not rounded into the
-    # future.
-    microseconds = int(value * 1_000_000)
+        raise _not_a_time(name)
+    # What is finer than a microsecond is cut, not rounded into the future.
+    microseconds = int(value // Decimal("0.000001"))
     return datetime.fromtimestamp(0, UTC) + timedelta(microseconds=microseconds)
+
+
+def _not_a_time(name: str) -> BadEvent:
+    return BadEvent("invalid_timestamp", f"The field {name!r} must be RFC 3339 text or Unix seconds.")

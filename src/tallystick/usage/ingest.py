@@ -1,6 +1,6 @@
 """`POST /v1/usage`, from the body to the answer: validate, claim and append in Redis, or record in the ledger directly.
 
-    1. read     at most 1 MiB of JSON, from a caller whose key has `usage:write`
+    1. read     at most 1 MiB, gzip or not, from a caller whose key has `usage:write`
     2. validate each event by itself; the bad ones are reported, the good ones go on
     3. keep     claim the ids and append the batch in Redis, on disk; without Redis, commit to the ledger
     4. answer   202 with what became of each event
@@ -13,17 +13,18 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import structlog
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from tallystick import db
 from tallystick.auth import authenticate
-from tallystick.bodies import read_body
-from tallystick.errors import Unavailable
+from tallystick.bodies import read_decoded_body
+from tallystick.errors import InvalidRequest, Unavailable
 from tallystick.metrics import USAGE_EVENTS, USAGE_PATH
 from tallystick.resources import Resources
 from tallystick.usage.buffer import BufferUnavailable, claim_and_append
-from tallystick.usage.events import Rejection, UsageEvent, parse_events
+from tallystick.usage.events import Rejection, UsageEvent
+from tallystick.usage.formats import parse_events
 from tallystick.usage.ledger import record_events
 from tallystick.usage.meters import find_meters
 
@@ -53,18 +54,24 @@ class Breaker:
 
 
 async def receive_usage(request: Request) -> Response:
-    """Take one event or an array of up to 1,000.
+    """Take up to 1,000 events as JSON, NDJSON or CloudEvents (docs/usage.md).
 
     202 `{"accepted", "duplicates", "rejected": [{"index", "id", "code", "message"}]}` once every accepted event is on
-    disk; 422 with the same body when all were rejected. Problems: 400 no JSON, 401, 403, 413, 422 an empty array,
+    disk; 422 with the same body when all were rejected. With `?results=all` also `"results"`, one for each event.
+    Problems: 400 the body cannot be read, 401, 403, 413, 415 an unknown format or encoding, 422 no event at all,
     429 the buffer is full, 503 nothing could be kept. After a 429, a 5xx or no answer send the same events again:
     repeats are recognised by `(source, id)`.
     """
     key = await authenticate(request, "usage:write")
-    raw = await read_body(request, MAX_BODY_BYTES)
+    if (listed := request.query_params.get("results")) not in (None, "all"):
+        raise InvalidRequest("'results' may only be 'all'.", field="results")
+    try:
+        raw = await read_decoded_body(request, MAX_BODY_BYTES)
+    except ClientDisconnect:
+        return Response(status_code=400)  # it hung up before its body was here, so nobody reads this
     now = datetime.now(UTC)
 
-    events, rejections = parse_events(raw, key.source, now)
+    events, rejections = parse_events(raw, request.headers, key.source, now)
     resources: Resources = request.app.state.resources
     meters = await find_meters(request.app.state.meters, resources, {event.meter for _, event in events}, now)
     taken: list[tuple[int, UsageEvent]] = []
@@ -90,14 +97,30 @@ async def receive_usage(request: Request) -> Response:
     for result in ("accepted", "duplicate", "conflict"):
         USAGE_EVENTS.labels(result).inc(numbers[result])
     USAGE_EVENTS.labels("rejected").inc(len(rejections) - numbers["conflict"])
-    return JSONResponse(
-        {
-            "accepted": numbers["accepted"],
-            "duplicates": numbers["duplicate"],
-            "rejected": [rejection.body() for rejection in rejections],
-        },
-        status_code=202 if numbers["accepted"] + numbers["duplicate"] else 422,
-    )
+    answer: dict[str, object] = {
+        "accepted": numbers["accepted"],
+        "duplicates": numbers["duplicate"],
+        "rejected": [rejection.body() for rejection in rejections],
+    }
+    if listed == "all":
+        answer["results"] = _list_results(taken, results, rejections)
+    # An empty batch of CloudEvents is valid, and nothing of it was rejected.
+    all_bad = rejections and not numbers["accepted"] + numbers["duplicate"]
+    return JSONResponse(answer, status_code=422 if all_bad else 202)
+
+
+def _list_results(
+    taken: list[tuple[int, UsageEvent]], results: list[str], rejections: list[Rejection]
+) -> list[dict[str, object]]:
+    """What became of each event, in the order of the request: accepted, duplicate, conflict or rejected."""
+    listed: dict[int, dict[str, object]] = {
+        index: {"index": index, "id": event.id, "result": result}
+        for (index, event), result in zip(taken, results, strict=True)
+    }
+    for rejection in rejections:
+        result = "conflict" if rejection.code == "conflict" else "rejected"
+        listed[rejection.index] = {"result": result} | rejection.body()
+    return [listed[index] for index in sorted(listed)]
 
 
 async def _keep(resources: Resources, breaker: Breaker, events: list[UsageEvent], now: datetime) -> list[str]:
