@@ -116,6 +116,8 @@ async def resources(settings: Settings) -> AsyncIterator[Resources]:
 
 # Children first; `installation` keeps its one row.
 TABLES = [
+    "notification_deliveries",
+    "notifications",
     "usage_deliveries",
     "usage_totals",
     "usage_events",
@@ -126,15 +128,23 @@ TABLES = [
     "rate_limits",
     "meters",
     "api_keys",
+    "customer_timeline",
     "customer_access",
     "customer_links",
     "period_boundaries",
+    "active_entitlements",
+    "entitlement_summaries",
+    "checkout_sessions",
+    "payment_methods",
     "invoices",
     "subscription_items",
     "subscriptions",
     "prices",
     "products",
     "customers",
+    "event_recovery",
+    "mirror_sync",
+    "mirror_sync_lists",
     "stripe_event_failures",
     "stripe_events",
 ]

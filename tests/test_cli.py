@@ -24,6 +24,12 @@ def environment(servers: Servers, fake_stripe_url: str, monkeypatch: pytest.Monk
     run("migrate")
 
 
+COMMANDS = (
+    *("run", "demo", "fake-stripe", "serve", "worker", "migrate", "flush", "conservation", "keys", "doctor"),
+    *("access", "notifications", "recover", "replay", "sync", "webhooks"),
+)
+
+
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(cli.app, list(arguments), catch_exceptions=False)
 
@@ -87,7 +93,7 @@ def test_a_database_that_is_away_ends_in_one_line(
 def test_every_command_says_what_it_does(project_root: Path) -> None:
     readme = (project_root / "README.md").read_text()
     shown = run("--help").stdout
-    for command in ("run", "demo", "fake-stripe", "serve", "worker", "migrate", "flush", "conservation", "keys"):
+    for command in COMMANDS:
         assert command in shown
         assert command in readme
         assert run(command, "--help").exit_code == 0

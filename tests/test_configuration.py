@@ -1,10 +1,14 @@
+import os
 import re
+import tomllib
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from tallystick.config import load_settings, setting_names
 from tallystick.errors import SettingsError
+from tallystick.rules import REREAD_EVERY, AccessRules, Rules, RulesFile, load_rules
 
 REQUIRED = {
     "DATABASE_URL": "postgresql://localhost/tallystick",
@@ -32,6 +36,47 @@ def test_the_documented_defaults_are_the_defaults(project_root: Path, monkeypatc
     settings = load_settings()
     for name, default in re.findall(r"^\| `([A-Z_]+)` \| `([^`]+)`", page, re.MULTILINE):
         assert str(getattr(settings, setting_names()[name])) == default, name
+
+
+def test_the_documented_rules_are_good_and_their_access_is_the_default(project_root: Path, tmp_path: Path) -> None:
+    page = (project_root / "docs" / "configuration.md").read_text()
+    (example,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    file = tmp_path / "rules.toml"
+    file.write_text(example)
+    rules = load_rules(file)
+    assert rules.access == Rules().access
+    assert set(AccessRules.model_fields) == set(tomllib.loads(example)["access"])
+    assert [endpoint.name for endpoint in rules.notifications] == ["product"]
+    assert list(rules.webhooks) == ["eu"]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[access]\ngrace = 3", "access.grace"),
+        ("[access]\nunpaid = 'sometimes'", "access.unpaid"),
+        ("[webhooks.eu]\nsecrets = []\nlivemode = true", "webhooks.eu.secrets"),
+        ("[access", "rules.toml"),
+    ],
+)
+def test_a_wrong_rule_is_named(tmp_path: Path, text: str, named: str) -> None:
+    file = tmp_path / "rules.toml"
+    file.write_text(text)
+    with pytest.raises(SettingsError) as refused:
+        load_rules(file)
+    assert named in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_changed_rules_are_read_again_and_broken_ones_are_not_taken(tmp_path: Path) -> None:
+    file = tmp_path / "rules.toml"
+    file.write_text("[access]\ngrace_days = 1")
+    rules, now = RulesFile(file), datetime.now(UTC)
+    assert rules.current(now).access.grace_days == 1
+    for number, (text, days) in enumerate([("grace_days = 7", 7), ("grace_days = -1", 7), ("grace_days = 3", 3)], 1):
+        file.write_text(f"[access]\n{text}")
+        os.utime(file, ns=(number, number))
+        assert rules.current(now + number * REREAD_EVERY).access.grace_days == days
 
 
 def test_a_missing_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

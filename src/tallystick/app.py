@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tallystick import __version__, health
+from tallystick.access import links as access_links
 from tallystick.access import routes as access_routes
 from tallystick.auth import KeyCache
 from tallystick.config import Settings
@@ -25,6 +26,7 @@ from tallystick.resources import open_resources
 from tallystick.usage import routes as usage_routes
 from tallystick.usage.ingest import Breaker, receive_usage
 from tallystick.usage.meters import MeterCache
+from tallystick.webhooks import routes as webhook_routes
 from tallystick.webhooks.inbox import Inbox, receive_webhook
 
 log = structlog.get_logger()
@@ -63,12 +65,15 @@ def create_app(settings: Settings) -> FastAPI:
     )
     # The two hot routes are plain ones: a decorated route spends more on its signature than these on their work.
     app.router.routes.append(Route("/webhooks/stripe", receive_webhook, methods=["POST"]))
+    app.router.routes.append(Route("/webhooks/stripe/{endpoint}", receive_webhook, methods=["POST"]))
     app.router.routes.append(Route("/v1/usage", receive_usage, methods=["POST"]))
     app.router.routes.append(Route("/healthz", health.get_health, methods=["GET"]))
     app.router.routes.append(Route("/readyz", health.get_readiness, methods=["GET"]))
     app.router.routes.append(Route("/metrics", health.get_metrics, methods=["GET"]))
     app.include_router(usage_routes.router)
     app.include_router(access_routes.router)
+    app.include_router(access_links.router)
+    app.include_router(webhook_routes.router)
     app.include_router(portal_sessions.router)
     describe_plain_routes(app)
     return app

@@ -3,22 +3,26 @@
 run, demo, fake-stripe       development: everything embedded, nothing to install
 serve, worker, migrate       production
 flush, conservation, keys    operation
+recover, replay, sync        repair (webhooks/commands.py), with webhooks setup and doctor
 """
 
 import asyncio
 import json
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from tallystick.access.commands import app as access
 from tallystick.errors import TallystickError
+from tallystick.notifications.commands import app as notifications
+from tallystick.terminal import Json, err, fail, out, with_resources
+from tallystick.webhooks.commands import app as repair
 
 app = typer.Typer(
     help="Usage-based billing beside Stripe: what was accepted is billed exactly once, and it can be proved.",
@@ -28,13 +32,10 @@ app = typer.Typer(
 )
 keys = typer.Typer(help="API keys of the services and frontends that call this one.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
+app.add_typer(access, name="access")
+app.add_typer(notifications, name="notifications")
+app.add_typer(repair)
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-
-T = TypeVar("T")
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 DataFolder = Annotated[Path, typer.Option("--data", help="Where the embedded parts keep their data.")]
 
 
@@ -44,12 +45,6 @@ def main() -> None:
         app()
     except TallystickError as error:
         fail(str(error))
-
-
-def fail(message: str) -> NoReturn:
-    """Say in one line what is wrong, and stop."""
-    err.print(f"[bold red]error:[/] {message}", markup=True)
-    sys.exit(1)
 
 
 @app.command()
@@ -149,7 +144,7 @@ def migrate() -> None:
         await db.migrate(resources.engine)
         await keep_partitions(resources, datetime.now(UTC))
 
-    _with_resources(work)
+    with_resources(work)
     out.print("The database is up to date.")
 
 
@@ -167,7 +162,7 @@ def flush(json_: Json = False) -> None:
             tried = await deliver_all(resources, datetime.now(UTC))
         return {"sealed": sealed, "tried": tried}
 
-    done = _with_resources(work)
+    done = with_resources(work)
     if json_:
         out.print_json(json.dumps(done))
     else:
@@ -187,7 +182,7 @@ def conservation(json_: Json = False) -> None:
         async with db.transaction(resources.engine) as connection:
             return await count_conservation(connection)
 
-    counted = _with_resources(work)
+    counted = with_resources(work)
     if json_:
         out.print_json(json.dumps(counted.as_json()))
     else:
@@ -197,6 +192,22 @@ def conservation(json_: Json = False) -> None:
             table.add_row(name, str(quantity))
         out.print(table)
     sys.exit(1 if counted.difference else 0)
+
+
+@app.command()
+def doctor(json_: Json = False) -> None:
+    """Look at every part that is needed: `ok`, or how to mend it. Exit code 1 if something is wrong."""
+    from tallystick.doctor import examine
+
+    with err.status("examining"):
+        findings = asyncio.run(examine())
+    if json_:
+        out.print_json(json.dumps([finding.as_json() for finding in findings]))
+    else:
+        for finding in findings:
+            out.print("[green]ok   [/]" if finding.good else "[bold red]wrong[/]", end="  ")
+            out.print(f"{finding.part}: {finding.text}", markup=False)
+    sys.exit(0 if all(finding.good for finding in findings) else 1)
 
 
 @keys.command("create")
@@ -222,7 +233,7 @@ def create(
             return await create_key(connection, name=name, source=source or name, scopes=scope, expires_at=expires_at)
 
     try:
-        text = _with_resources(work)
+        text = with_resources(work)
     except ValueError as error:
         fail(str(error))
     err.print("Keep it now: it is stored only as a hash and cannot be shown again.")
@@ -240,7 +251,7 @@ def list_(json_: Json = False) -> None:
         async with db.transaction(resources.engine) as connection:
             return await list_keys(connection)
 
-    found = _with_resources(work)
+    found = with_resources(work)
     if json_:
         out.print_json(json.dumps(found, default=str))
         return
@@ -262,28 +273,9 @@ def revoke(key_id: Annotated[str, typer.Argument(help="The id: the middle part o
         async with db.transaction(resources.engine) as connection:
             return await revoke_key(connection, key_id)
 
-    if not _with_resources(work):
+    if not with_resources(work):
         fail(f"there is no valid key {key_id}")
     out.print(f"Revoked {key_id}.")
-
-
-def _with_resources(work: Callable[[Any], Coroutine[Any, Any, T]]) -> T:
-    """Run a command's work over open resources; storage and Stripe errors end in one line."""
-    from tallystick import db, stripe_gateway
-    from tallystick.config import load_settings
-    from tallystick.redis_client import REDIS_ERRORS
-    from tallystick.resources import open_resources
-
-    settings = load_settings()
-
-    async def call() -> T:
-        async with open_resources(settings, application_name="tallystick cli") as resources:
-            return await work(resources)
-
-    try:
-        return asyncio.run(call())
-    except (*db.STORAGE_ERRORS, *REDIS_ERRORS, *stripe_gateway.STRIPE_ERRORS) as error:
-        fail(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
 
 def _run_until_signal(work: Callable[[asyncio.Event], Awaitable[None]]) -> None:

@@ -51,6 +51,10 @@ class Settings(BaseSettings):
         default="tallystick_ref", min_length=1, max_length=40, validation_alias="TALLYSTICK_CUSTOMER_REFERENCE_KEY"
     )
 
+    timeline_retention_days: int = Field(
+        default=400, ge=1, le=3660, validation_alias="TALLYSTICK_TIMELINE_RETENTION_DAYS"
+    )
+
     usage_dedupe_hours: int = Field(default=72, ge=24, le=840, validation_alias="TALLYSTICK_USAGE_DEDUPE_HOURS")
     usage_buffer_max_bytes: int = Field(
         default=256 * 1024 * 1024, ge=1024 * 1024, validation_alias="TALLYSTICK_USAGE_BUFFER_MAX_BYTES"

@@ -10,6 +10,12 @@ WEBHOOK_EVENTS = Counter("tallystick_webhook_events", "Stripe events, by verdict
 WEBHOOK_REFUSED = Counter(
     "tallystick_webhook_refused", "Webhooks answered 4xx or 5xx, by reason.", ["reason"], registry=REGISTRY
 )
+WEBHOOK_SECRETS = Counter(
+    "tallystick_webhook_secrets",
+    "Signatures that were verified, by endpoint and secret: the first 8 hexadecimal digits of the secret's SHA-256.",
+    ["endpoint", "secret"],
+    registry=REGISTRY,
+)
 WEBHOOK_BATCH_SIZE = Histogram(
     "tallystick_webhook_batch_size",
     "Stripe events committed together.",
@@ -18,6 +24,23 @@ WEBHOOK_BATCH_SIZE = Histogram(
 )
 WEBHOOK_SECONDS = Histogram(
     "tallystick_webhook_seconds", "From a verified webhook to its commit.", buckets=_SECONDS, registry=REGISTRY
+)
+
+EVENTS_RECOVERED = Counter(
+    "tallystick_events_recovered",
+    "Stripe events that were found in Stripe's list before a webhook brought them. Some are usual; many mean that"
+    " webhooks do not arrive.",
+    registry=REGISTRY,
+)
+EVENTS_COMPLETE_UNTIL = Gauge(
+    "tallystick_events_complete_until_seconds",
+    "Unix time until which every handled event of Stripe's is recorded.",
+    registry=REGISTRY,
+)
+EVENTS_GAP_SECONDS = Gauge(
+    "tallystick_events_gap_seconds",
+    "Length of the time whose events Stripe no longer listed when they were looked for; `tallystick sync` mends it.",
+    registry=REGISTRY,
 )
 
 USAGE_EVENTS = Counter(
@@ -41,6 +64,12 @@ LEDGER_EVENTS = Counter(
 DELIVERIES = Counter(
     "tallystick_deliveries", "Tries to tell Stripe, by outcome: sent, retry, parked.", ["outcome"], registry=REGISTRY
 )
+NOTIFICATION_TRIES = Counter(
+    "tallystick_notification_tries",
+    "Tries to tell an endpoint, by outcome: delivered, retry, dead.",
+    ["endpoint", "outcome"],
+    registry=REGISTRY,
+)
 LOOP_RUNS = Counter("tallystick_loop_runs", "Runs of a background loop.", ["loop", "outcome"], registry=REGISTRY)
 
 BUFFER_BYTES = Gauge("tallystick_buffer_bytes", "Usage waiting in Redis for the ledger, in bytes.", registry=REGISTRY)
@@ -62,4 +91,10 @@ CONSERVATION_DIFFERENCE = Gauge(
 EVENTS_QUARANTINED = Gauge("tallystick_events_quarantined", "Stripe events in quarantine.", registry=REGISTRY)
 USAGE_CONFLICTS = Gauge(
     "tallystick_usage_conflicts", "Accepted events whose id the ledger held with another body.", registry=REGISTRY
+)
+NOTIFICATIONS_BY_STATE = Gauge(
+    "tallystick_notifications_by_state", "Notifications, once an endpoint: waiting, dead.", ["state"], registry=REGISTRY
+)
+OLDEST_NOTIFICATION_SECONDS = Gauge(
+    "tallystick_oldest_waiting_notification_seconds", "Age of the oldest notification not yet told.", registry=REGISTRY
 )

@@ -121,6 +121,38 @@ def _many(name: str, least: int = 1) -> dict[str, Any]:
 
 _USAGE_ANSWER = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/UsageAnswer"}}}}
 
+_WEBHOOK: dict[str, Any] = {
+    "tags": ["webhooks"],
+    "summary": "Receive a Stripe event",
+    "description": "For Stripe. 200 after the commit and for repeats; 400 for what cannot be trusted; 5xx when"
+    " it could not be stored, so that Stripe retries.",
+    "operationId": "receive_stripe_event",
+    "parameters": [{"name": "Stripe-Signature", "in": "header", "required": True, "schema": {"type": "string"}}],
+    "requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}},
+    "responses": {
+        "200": {
+            "description": "What became of the event",
+            "content": {
+                "application/json": {
+                    "schema": {
+                        "type": "object",
+                        "required": ["verdict"],
+                        "properties": {
+                            "verdict": {
+                                "enum": ["applied", "stale", "duplicate", "ignored", "quarantined"],
+                            }
+                        },
+                    }
+                }
+            },
+        },
+        "400": PROBLEM,
+        "413": PROBLEM,
+        "500": PROBLEM,
+    },
+}
+
+
 PATHS: dict[str, Any] = {
     "/v1/usage": {
         "post": {
@@ -178,38 +210,17 @@ PATHS: dict[str, Any] = {
             },
         }
     },
-    "/webhooks/stripe": {
-        "post": {
-            "tags": ["webhooks"],
-            "summary": "Receive a Stripe event",
-            "description": "For Stripe. 200 after the commit and for repeats; 400 for what cannot be trusted; 5xx when"
-            " it could not be stored, so that Stripe retries.",
-            "operationId": "receive_stripe_event",
+    "/webhooks/stripe": {"post": _WEBHOOK},
+    "/webhooks/stripe/{endpoint}": {
+        "post": _WEBHOOK
+        | {
+            "summary": "Receive a Stripe event at another endpoint",
+            "operationId": "receive_stripe_event_at_endpoint",
             "parameters": [
-                {"name": "Stripe-Signature", "in": "header", "required": True, "schema": {"type": "string"}}
+                {"name": "endpoint", "in": "path", "required": True, "schema": {"type": "string"}},
+                *_WEBHOOK["parameters"],
             ],
-            "requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}},
-            "responses": {
-                "200": {
-                    "description": "What became of the event",
-                    "content": {
-                        "application/json": {
-                            "schema": {
-                                "type": "object",
-                                "required": ["verdict"],
-                                "properties": {
-                                    "verdict": {
-                                        "enum": ["applied", "stale", "duplicate", "ignored", "quarantined"],
-                                    }
-                                },
-                            }
-                        }
-                    },
-                },
-                "400": PROBLEM,
-                "413": PROBLEM,
-                "500": PROBLEM,
-            },
+            "responses": _WEBHOOK["responses"] | {"404": PROBLEM},
         }
     },
     "/healthz": {

@@ -8,14 +8,16 @@ Without the file the defaults hold. A running service reads a changed file again
 can be rolled without a restart; a file that has become wrong is reported and the last good one kept.
 """
 
+import base64
 import tomllib
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 import structlog
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from tallystick.errors import SettingsError
 
@@ -24,6 +26,7 @@ log = structlog.get_logger()
 REREAD_EVERY = timedelta(seconds=5)
 
 Access = Literal["active", "grace", "restricted", "none"]
+NotificationType = Literal["access.changed", "subscription.changed", "invoice.payment_failed", "usage.parked"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")]
 
 
@@ -65,8 +68,36 @@ class NotificationEndpoint(_Section):
     name: Name
     url: Annotated[str, Field(pattern=r"^https?://[^\s@]+$", max_length=2000)]
     secrets: Annotated[tuple[SecretStr, ...], Field(min_length=1)]
-    events: tuple[str, ...] = ("*",)
+    events: tuple[NotificationType | Literal["*"], ...] = ("*",)
     allow_private_network: bool = False
+
+    @field_validator("url")
+    @classmethod
+    def _url_has_a_host(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if not parts.hostname or parts.port == 0:  # `port` raises ValueError when it is no port at all
+            raise ValueError("it names no host that one can connect to")
+        return url
+
+    @field_validator("secrets")
+    @classmethod
+    def _secrets_are_keys(cls, secrets: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        # The form and the length that Standard Webhooks asks for.
+        for secret in secrets:
+            prefix, separator, encoded = secret.get_secret_value().partition("_")
+            try:
+                key = base64.b64decode(encoded, validate=True)
+            except ValueError:
+                key = b""
+            if prefix + separator != "whsec_" or not 24 <= len(key) <= 64:
+                raise ValueError("each secret must be whsec_ and 24 to 64 random bytes in base64")
+        return secrets
+
+    @model_validator(mode="after")
+    def _plain_http_stays_inside(self) -> Self:
+        if self.url.startswith("http://") and not self.allow_private_network:
+            raise ValueError(f"{self.name}: an http:// address needs allow_private_network = true")
+        return self
 
 
 class Rules(_Section):
@@ -75,6 +106,13 @@ class Rules(_Section):
     access: AccessRules = AccessRules()
     webhooks: dict[Name, WebhookEndpoint] = Field(default_factory=dict)
     notifications: tuple[NotificationEndpoint, ...] = ()
+
+    @field_validator("notifications")
+    @classmethod
+    def _names_are_unique(cls, endpoints: tuple[NotificationEndpoint, ...]) -> tuple[NotificationEndpoint, ...]:
+        if len({endpoint.name for endpoint in endpoints}) < len(endpoints):
+            raise ValueError("two endpoints have the same name")
+        return endpoints
 
 
 def load_rules(path: Path | None) -> Rules:

@@ -7,6 +7,8 @@ import structlog
 from sqlalchemy import text
 
 from tallystick import db
+from tallystick.access.timeline import forget_timeline
+from tallystick.access.upkeep import expire_grace, follow_rules
 from tallystick.config import Settings
 from tallystick.loops import Loop, run_loops
 from tallystick.metrics import (
@@ -19,6 +21,8 @@ from tallystick.metrics import (
     UNSEALED_TOTALS,
     USAGE_CONFLICTS,
 )
+from tallystick.notifications.delivery import deliver_notifications
+from tallystick.notifications.history import measure_notifications, retire_notifications
 from tallystick.resources import Resources, open_resources
 from tallystick.usage.buffer import buffered_bytes
 from tallystick.usage.conservation import count_conservation
@@ -27,6 +31,7 @@ from tallystick.usage.drain import drain
 from tallystick.usage.meters import refresh_meters
 from tallystick.usage.partitions import keep_partitions
 from tallystick.usage.sealing import answer_seal_requests, seal_due
+from tallystick.webhooks.recovery import recover_events
 from tallystick.webhooks.refresh import refresh_mirror
 
 log = structlog.get_logger()
@@ -81,10 +86,17 @@ LOOPS = (
     Loop("seal_requests", 1, answer_seal_requests),
     Loop("seal", 5, seal_due),
     Loop("deliver", 1, deliver_all),
+    Loop("notifications", 0.5, deliver_notifications),
     Loop("refresh", 2, refresh_mirror),
+    Loop("recover", 60, recover_events),
+    Loop("grace", 5, expire_grace),
+    Loop("access_rules", 5, follow_rules),
+    Loop("timeline_retention", 3600, forget_timeline),
     Loop("meters", 300, refresh_meters),
     Loop("partitions", 3600, keep_partitions),
     Loop("queues", 15, measure_queues),
+    Loop("notification_queues", 15, measure_notifications),
+    Loop("notification_retention", 3600, retire_notifications),
     Loop("conservation", 900, check_conservation),
 )
 

@@ -3,13 +3,14 @@ from datetime import datetime
 import httpx
 import pytest
 from fastapi import FastAPI
+from sqlalchemy import TextClause
 
 from tallystick import db
-from tallystick.access.routes import FIND_ACCESS
+from tallystick.access.routes import FIND_ACCESS, FIND_ACCESS_OF_ALL
 from tallystick.auth import create_key
 from tallystick.resources import Resources
 from tests.conftest import open_client
-from tests.webhooks.stripe_events import customer, deliver, event, invoice, read, read_access, subscription
+from tests.webhooks.stripe_events import customer, deliver, event, invoice, subscription
 
 
 async def test_access_of_a_customer(client: httpx.AsyncClient) -> None:
@@ -26,8 +27,10 @@ async def test_access_of_a_customer(client: httpx.AsyncClient) -> None:
         "ref": "acme",
         "access": "active",
         "reason": "subscription_active",
+        "until": None,
         "decided_by": created["id"],
         "prices": ["price_1"],
+        "entitlements": [],
     }
 
 
@@ -37,7 +40,9 @@ async def test_an_unknown_customer_is_a_problem(client: httpx.AsyncClient) -> No
 
         assert answer.status_code == 404
         assert answer.headers["content-type"] == "application/problem+json"
-        assert answer.json()["type"] == "urn:tallystick:problem:unknown-customer"
+        problem = answer.json()
+        assert problem["type"] == "urn:tallystick:problem:unknown-customer"
+        assert problem["title"] == "No customer is known by this name"
 
 
 async def test_the_etag_saves_the_answer_until_access_changes(client: httpx.AsyncClient) -> None:
@@ -71,106 +76,103 @@ async def test_since_changes_only_with_the_access(client: httpx.AsyncClient) -> 
     assert paying["decided_by"] == converted["id"]
 
 
-async def test_a_link_wins_over_metadata_and_can_be_moved(client: httpx.AsyncClient) -> None:
-    await deliver(
-        client,
-        event("customer.created", customer("cus_1", metadata={"tallystick_ref": "acme"})),
-        event("customer.created", customer("cus_2"), at=1),
-    )
+async def test_entitlements_are_shown_by_their_lookup_keys(client: httpx.AsyncClient, resources: Resources) -> None:
+    await deliver(client, event("customer.subscription.created", subscription()))
+    before = (await client.get("/v1/customers/cus_1/access")).headers["etag"]
+    async with db.transaction(resources.engine) as connection:
+        await connection.exec_driver_sql(
+            "INSERT INTO active_entitlements (id, customer, lookup_key, deleted) VALUES"
+            " ('ent_1', 'cus_1', 'sso', false), ('ent_2', 'cus_1', 'reports', false), ('ent_3', 'cus_1', NULL, false),"
+            " ('ent_4', 'cus_1', 'gone', true), ('ent_5', 'cus_2', 'of another', false)"
+        )
 
-    assert (await client.get("/v1/customers/acme")).json() == {"ref": "acme", "customer": "cus_1"}
-    for customer_id in ("cus_2", "cus_2", "cus_1"):
-        answer = await client.put("/v1/customers/acme", json={"customer": customer_id})
-        assert (answer.status_code, answer.json()) == (200, {"ref": "acme", "customer": customer_id})
-        assert (await client.get("/v1/customers/acme")).json()["customer"] == customer_id
+    answer = await client.get("/v1/customers/cus_1/access", headers={"If-None-Match": before})
 
-
-async def test_a_reference_in_two_customers_metadata_belongs_to_the_newest(client: httpx.AsyncClient) -> None:
-    named = {"tallystick_ref": "acme"}
-    await deliver(client, event("customer.created", customer("cus_2", metadata=named), at=1))
-    await deliver(client, event("customer.created", customer("cus_1", metadata=named)))
-    assert (await client.get("/v1/customers/acme")).json()["customer"] == "cus_2"
-
-    await deliver(client, event("customer.deleted", customer("cus_2", metadata=named), at=2))
-    assert (await client.get("/v1/customers/acme")).json()["customer"] == "cus_1"
+    assert (answer.status_code, answer.json()["entitlements"]) == (200, ["reports", "sso"])
 
 
-async def test_a_customer_may_be_linked_before_stripe_told_of_it(
-    client: httpx.AsyncClient, resources: Resources
-) -> None:
-    await client.put("/v1/customers/acme", json={"customer": "cus_new"})
+async def test_several_are_answered_in_the_order_asked_for(client: httpx.AsyncClient) -> None:
+    for number, status in ((1, "active"), (2, "past_due"), (3, "canceled")):
+        named = customer(f"cus_{number}", metadata={"tallystick_ref": f"ref/{number}"})
+        of = subscription(f"sub_{number}", status, items=[], customer=f"cus_{number}")
+        await deliver(client, event("customer.created", named), event("customer.subscription.updated", of))
 
-    assert await read_access(client, "acme") == ("none", "no_subscription", [])
-    assert await read(resources, "SELECT id, needs_refresh FROM customers") == [
-        {"id": "cus_new", "needs_refresh": True}
+    asked = ["ref/3", "nobody", "cus_1", "ref/2", "ref/1", "cus_4", "ref/3"]
+    answer = await client.post("/v1/access", json={"customers": asked})
+
+    assert answer.status_code == 200
+    found = answer.json()
+    assert [(one["ref"], one["customer"], one["access"]) for one in found["customers"]] == [
+        ("ref/3", "cus_3", "none"),
+        ("cus_1", "cus_1", "active"),
+        ("ref/2", "cus_2", "restricted"),
+        ("ref/1", "cus_1", "active"),
     ]
+    assert found["unknown"] == ["nobody", "cus_4"]
+    alone = (await client.get("/v1/customers/cus_1/access")).json()
+    assert found["customers"][1] == alone
 
-    await deliver(client, event("customer.subscription.created", subscription(customer="cus_new")))
-    assert await read_access(client, "acme") == ("active", "subscription_active", ["price_1"])
+
+@pytest.mark.parametrize("asked", [[], ["a"] * 101, [""], ["a" * 101], ["a\x00"], [1], "acme", None])
+async def test_what_cannot_be_asked_for(client: httpx.AsyncClient, asked: object) -> None:
+    answer = await client.post("/v1/access", json={"customers": asked})
+
+    assert (answer.status_code, answer.headers["content-type"]) == (422, "application/problem+json")
+
+
+ROUTES = (
+    ("GET", "/v1/customers/acme/access", None),
+    ("GET", "/v1/customers/acme/timeline", None),
+    ("GET", "/v1/customers/acme", None),
+    ("POST", "/v1/access", {"customers": ["acme"]}),
+    ("GET", "/v1/events/evt_1", None),
+    ("PUT", "/v1/customers/acme", {"customer": "cus_1"}),
+    ("DELETE", "/v1/customers/acme", None),
+)
 
 
 @pytest.mark.parametrize(
-    ("ref", "body"),
+    ("scope", "methods"),
     [
-        ("cus_1", {"customer": "cus_2"}),
-        ("a" * 101, {"customer": "cus_1"}),
-        ("a%00b", {"customer": "cus_1"}),
-        ("a%0Ab", {"customer": "cus_1"}),
-        ("acme", {"customer": "acme"}),
-        ("acme", {"customer": "cus_"}),
-        ("acme", {"customer": "cus_1\x00"}),
-        ("acme", {"customer": "cus_1", "name": "Acme"}),
-        ("acme", {}),
+        ("access:read", {"GET", "POST"}),
+        ("customers:write", {"PUT", "DELETE"}),
+        ("usage:write", set()),
+        ("admin", {"GET", "POST", "PUT", "DELETE"}),
     ],
 )
-async def test_what_cannot_be_linked(
-    client: httpx.AsyncClient, resources: Resources, ref: str, body: dict[str, str]
-) -> None:
-    answer = await client.put(f"/v1/customers/{ref}", json=body)
-
-    assert answer.status_code == 422, answer.text
-    assert answer.headers["content-type"] == "application/problem+json"
-    assert await read(resources, "SELECT * FROM customer_links") == []
-
-
-async def test_names_at_the_limits_can_be_linked(client: httpx.AsyncClient) -> None:
-    for ref in ("a", "a" * 100, "Käse & Söhne", "%", "emoji 🧾"):
-        path = "/v1/customers/" + httpx.URL("", params={"ref": ref}).query.decode().removeprefix("ref=").replace(
-            "+", "%20"
-        )
-        assert (await client.put(path, json={"customer": "cus_1"})).status_code == 200
-        assert (await client.get(path)).json() == {"ref": ref, "customer": "cus_1"}
-
-
-@pytest.mark.parametrize(
-    ("scope", "allowed"),
-    [("access:read", {("GET", "/access"), ("GET", "")}), ("customers:write", {("PUT", "")}), ("usage:write", set())],
-)
-async def test_each_route_asks_for_its_scope(
-    app: FastAPI, resources: Resources, scope: str, allowed: set[tuple[str, str]]
-) -> None:
+async def test_each_route_asks_for_its_scope(app: FastAPI, resources: Resources, scope: str, methods: set[str]) -> None:
     async with db.transaction(resources.engine) as connection:
         key = await create_key(connection, name="one scope", source="tests", scopes=[scope])
     async with open_client(app, key) as limited, open_client(app, None) as without_key:
-        for method, suffix in (("GET", "/access"), ("GET", ""), ("PUT", "")):
-            path = f"/v1/customers/acme{suffix}"
-            body = {"customer": "cus_1"} if method == "PUT" else None
+        for method, path, body in ROUTES:
             status = (await limited.request(method, path, json=body)).status_code
-            assert (status != 403) is ((method, suffix) in allowed), (method, suffix, status)
+            assert (status != 403) is (method in methods), (method, path, status)
             assert (await without_key.request(method, path, json=body)).status_code == 401
 
 
-async def test_access_is_one_indexed_read(resources: Resources) -> None:
+@pytest.mark.parametrize("statement", [FIND_ACCESS, FIND_ACCESS_OF_ALL], ids=["one", "many"])
+async def test_access_is_read_by_indexes(resources: Resources, statement: TextClause) -> None:
     async with db.transaction(resources.engine) as connection:
+        for rows in (
+            "INSERT INTO customers (id, ref) SELECT 'cus_' || n, 'ref_' || n FROM generate_series(1, 10000) n",
+            "INSERT INTO customer_access SELECT id, 'none', 'no_subscription', now() FROM customers",
+            "INSERT INTO customer_links (ref, customer) SELECT 'link_' || id, id FROM customers",
+            "INSERT INTO active_entitlements (id, customer) SELECT 'ent_' || id, id FROM customers",
+            "INSERT INTO checkout_sessions SELECT 'cs_' || id, id, 'checkout_' || id FROM customers",
+        ):
+            await connection.exec_driver_sql(rows)
         await connection.exec_driver_sql(
-            "INSERT INTO customers (id, ref) SELECT 'cus_' || n, 'ref_' || n FROM generate_series(1, 5000) n"
+            "ANALYZE customers, customer_access, customer_links, active_entitlements, checkout_sessions"
         )
-        await connection.exec_driver_sql(
-            "INSERT INTO customer_access SELECT id, 'none', 'no_subscription', now() FROM customers"
-        )
-        await connection.exec_driver_sql("ANALYZE customers, customer_access, customer_links")
-        for ref in ("ref_77", "cus_77"):
-            plan = await connection.exec_driver_sql("EXPLAIN " + FIND_ACCESS.text.replace(":ref", f"'{ref}'"))
-            lines = [line for (line,) in plan]
-            assert not [line for line in lines if "Seq Scan on customer" in line and "links" not in line], lines
+        # The plan that a prepared statement ends up with: made without knowing the names asked for.
+        await connection.exec_driver_sql("SET LOCAL plan_cache_mode = force_generic_plan")
+        query = statement.text.replace(":refs", "$1").replace(":ref", "$1")
+        names = "'{ref_77,cus_77,link_cus_77,checkout_cus_77}'" if statement is FIND_ACCESS_OF_ALL else "'ref_77'"
+        await connection.exec_driver_sql(f"PREPARE asked AS {query}")
+        plan = "\n".join([line for (line,) in await connection.exec_driver_sql(f"EXPLAIN EXECUTE asked ({names})")])
+        found = (await connection.exec_driver_sql(f"EXECUTE asked ({names})")).all()
+        await connection.exec_driver_sql("DEALLOCATE asked")
         await connection.rollback()
+    assert "Seq Scan" not in plan, plan
+    assert {row.customer for row in found} == {"cus_77"}
+    assert len(found) == names.count("77")

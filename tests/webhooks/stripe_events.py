@@ -1,7 +1,8 @@
 """Events as Stripe sends them, made by hand, and the ways to send them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from itertools import count
 from typing import Any
 
@@ -11,6 +12,7 @@ from sqlalchemy import text
 
 from tallystick import db
 from tallystick.resources import Resources
+from tallystick.webhooks.verification import StripeEvent, find_endpoint, read_event
 from tests.conftest import WEBHOOK_SECRET
 
 NOON = 1_760_000_000  # a whole second in 2025; all events of the tests lie around it
@@ -96,15 +98,78 @@ def invoice(id_: str = "in_1", status: str = "open", *, of: str | None = "sub_1"
     } | changed
 
 
+def payment_method(id_: str = "pm_1", **changed: Any) -> dict[str, Any]:
+    return {
+        "id": id_,
+        "object": "payment_method",
+        "customer": "cus_1",
+        "type": "card",
+        "card": {"last4": "4242"},
+    } | changed
+
+
+def checkout_session(id_: str = "cs_1", **changed: Any) -> dict[str, Any]:
+    return {
+        "id": id_,
+        "object": "checkout.session",
+        "client_reference_id": "acme",
+        "customer": "cus_1",
+        "mode": "subscription",
+        "status": "complete",
+    } | changed
+
+
+def entitlement(lookup_key: str) -> dict[str, Any]:
+    return {
+        "id": f"ent_{lookup_key}",
+        "object": "entitlements.active_entitlement",
+        "feature": f"feat_{lookup_key}",
+        "lookup_key": lookup_key,
+    }
+
+
+def entitlement_summary(
+    lookup_keys: Sequence[str], customer: str = "cus_1", *, has_more: bool = False
+) -> dict[str, Any]:
+    """A customer's entitlements as Stripe shows them: without an id, and ten at most."""
+    return {
+        "object": "entitlements.active_entitlement_summary",
+        "customer": customer,
+        "entitlements": {"object": "list", "data": [entitlement(key) for key in lookup_keys], "has_more": has_more},
+    }
+
+
+def meter(id_: str = "mtr_1", **changed: Any) -> dict[str, Any]:
+    return {
+        "id": id_,
+        "object": "billing.meter",
+        "customer_mapping": {"event_payload_key": "stripe_customer_id", "type": "by_id"},
+        "default_aggregation": {"formula": "sum"},
+        "event_name": "calls",
+        "event_time_window": None,
+        "status": "active",
+        "value_settings": {"event_payload_key": "value"},
+    } | changed
+
+
 def sign(body: str, *, secret: str = WEBHOOK_SECRET, at: int | None = None) -> dict[str, str]:
     """The header that Stripe would send with this body."""
     return {"Stripe-Signature": stripe.WebhookSignature.generate_signature_header(body, secret, at)}
 
 
-async def post(client: httpx.AsyncClient, sent: object) -> httpx.Response:
+def verified(resources: Resources, sent: object) -> StripeEvent:
+    """What the application makes of a signed body, before it is recorded."""
+    body, now = json.dumps(sent), datetime.now(UTC)
+    endpoint = find_endpoint(resources, None, now)
+    return read_event(body.encode(), sign(body)["Stripe-Signature"], endpoint, 300, now)
+
+
+async def post(
+    client: httpx.AsyncClient, sent: object, path: str = "/webhooks/stripe", *, secret: str = WEBHOOK_SECRET
+) -> httpx.Response:
     """Send a signed body to the application."""
     body = json.dumps(sent)
-    return await client.post("/webhooks/stripe", content=body, headers=sign(body))
+    return await client.post(path, content=body, headers=sign(body, secret=secret))
 
 
 async def deliver(client: httpx.AsyncClient, *events: Mapping[str, Any]) -> list[str]:

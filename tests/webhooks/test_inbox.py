@@ -1,8 +1,6 @@
 """Steps 2 to 4: what an event changes, and what becomes of it."""
 
 import asyncio
-import json
-from datetime import UTC, datetime
 
 import httpx
 import pytest
@@ -14,7 +12,7 @@ from tallystick import db
 from tallystick.errors import StorageFailed
 from tallystick.metrics import REGISTRY
 from tallystick.resources import Resources
-from tallystick.webhooks.inbox import FAILURES_BEFORE_QUARANTINE, Inbox, read_event
+from tallystick.webhooks.inbox import FAILURES_BEFORE_QUARANTINE, Inbox
 from tests.webhooks.stripe_events import (
     NOON,
     customer,
@@ -26,8 +24,8 @@ from tests.webhooks.stripe_events import (
     price,
     read,
     read_access,
-    sign,
     subscription,
+    verified,
 )
 
 
@@ -66,8 +64,7 @@ async def test_the_same_event_twice_at_once_is_applied_once(client: httpx.AsyncC
 
 
 async def test_the_same_event_at_two_processes_at_once_is_applied_once(resources: Resources) -> None:
-    body = json.dumps(event("customer.created", customer()))
-    received = read_event(body.encode(), sign(body)["Stripe-Signature"], resources.settings, datetime.now(UTC))
+    received = verified(resources, event("customer.created", customer()))
     inboxes = [Inbox(resources), Inbox(resources)]
     for inbox in inboxes:
         await inbox.start()

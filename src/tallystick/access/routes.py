@@ -1,23 +1,26 @@
-"""Customers by the product's own references: their access, and which Stripe customer a reference means."""
+"""What a customer may use now, and what changed about it: asked for by the product's own reference."""
 
 import hashlib
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Path, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from sqlalchemy import Row, text
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tallystick import db
-from tallystick.access.policy import Access
-from tallystick.access.state import recompute_access
+from tallystick.access.timeline import READ_LINES, Cause, What
 from tallystick.auth import bearer, require_scope
-from tallystick.errors import InvalidRequest, NotFound
-from tallystick.mirror.apply import lock_customers
+from tallystick.errors import UnknownCustomer
 from tallystick.resources import Resources
+from tallystick.rules import Access
 
 router = APIRouter(dependencies=[bearer], tags=["customers"])
+
+MAX_CUSTOMERS = 100
+MAX_LINES = 100
+LATEST = 2**63 - 1
 
 # No control characters: PostgreSQL refuses NUL, and nobody means the others.
 PLAIN_TEXT = r"^[^\x00-\x1f\x7f]+$"
@@ -34,19 +37,28 @@ Reference = Annotated[
 
 UNKNOWN_CUSTOMER: dict[int | str, dict[str, Any]] = {404: {"description": "No Stripe customer is known by this name"}}
 
-FIND_ACCESS = text("""
-    SELECT a.customer, a.access, a.reason, a.since, a.decided_by, a.prices
-      FROM customer_references r JOIN customer_access a ON a.customer = r.customer
+# Customers of connected accounts can be asked for too, by their ids.
+FIND_CUSTOMER = text("SELECT customer FROM all_customer_references WHERE ref = :ref")
+
+ANSWER = """
+    a.customer, a.access, a.reason, a.since, a.until, a.decided_by, a.prices,
+    ARRAY(SELECT e.lookup_key FROM active_entitlements e
+           WHERE e.customer = a.customer AND NOT e.deleted AND e.lookup_key IS NOT NULL
+           ORDER BY e.lookup_key) AS entitlements
+"""
+
+FIND_ACCESS = text(f"""
+    SELECT {ANSWER} FROM all_customer_references r JOIN customer_access a ON a.customer = r.customer
      WHERE r.ref = :ref
-""")
+""")  # noqa: S608  a constant
 
-FIND_CUSTOMER = text("SELECT customer FROM customer_references WHERE ref = :ref")
-
-LINK = text("""
-    INSERT INTO customer_links AS t (ref, customer) VALUES (:ref, :customer)
-    ON CONFLICT (ref) DO UPDATE SET customer = excluded.customer, linked_at = now()
-     WHERE t.customer <> excluded.customer
-""")
+# LIMIT keeps the planner from reading all references at once: each is looked up by itself, by the indexes.
+FIND_ACCESS_OF_ALL = text(f"""
+    SELECT asked.ref, {ANSWER}
+      FROM unnest(CAST(:refs AS text[])) AS asked(ref)
+     CROSS JOIN LATERAL (SELECT customer FROM all_customer_references WHERE ref = asked.ref LIMIT 1) r
+      JOIN customer_access a ON a.customer = r.customer
+""")  # noqa: S608  a constant
 
 
 class CustomerAccess(BaseModel):
@@ -57,23 +69,58 @@ class CustomerAccess(BaseModel):
     access: Access
     reason: str = Field(description="Why; docs/access.md lists the reasons.")
     since: datetime = Field(description="Since when the access is what it is, UTC.")
+    until: datetime | None = Field(description="When grace ends, if nothing is paid until then, UTC.")
     decided_by: str | None = Field(description="The event that led to this, if it was one.")
     prices: list[str] = Field(description="The prices of the subscriptions that give access.")
+    entitlements: list[str] = Field(description="The lookup keys of its active entitlements at Stripe.")
 
 
-class LinkRequest(BaseModel):
-    """Which Stripe customer the reference shall mean."""
+class AccessRequest(BaseModel):
+    """Whose access is asked for."""
 
     model_config = ConfigDict(extra="forbid")
 
-    customer: str = Field(pattern=r"^cus_[A-Za-z0-9_]{1,250}$", description="The `cus_…` id.")
+    customers: list[Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=PLAIN_TEXT)]] = Field(
+        min_length=1, max_length=MAX_CUSTOMERS, description="References or `cus_…` ids."
+    )
 
 
-class CustomerLink(BaseModel):
-    """A reference and the Stripe customer that it means."""
+class AccessOfSeveral(BaseModel):
+    """The access of each known customer, in the order asked for, and the names that nobody is known by."""
 
-    ref: str
+    customers: list[CustomerAccess]
+    unknown: list[str]
+
+
+class CausingEvent(BaseModel):
+    """A Stripe event. Its type and time are null once it is no longer recorded."""
+
+    id: str
+    type: str | None
+    created: datetime | None
+
+
+class TimelineLine(BaseModel):
+    """One change of a customer's state."""
+
+    id: int
+    at: datetime = Field(description="When it was committed here, UTC.")
+    what: What
+    object_id: str | None = Field(description="The subscription or invoice; of a link the reference.")
+    old: str | None = Field(description="The status, the access or the customer before; null: none was known.")
+    new: str | None = Field(description="The same after it.")
+    reason: str | None = Field(description="Of a new access.")
+    cause: Cause
+    event: CausingEvent | None = Field(description="The event that led to it, if it was one.")
+
+
+class Timeline(BaseModel):
+    """A customer's changes, the newest first."""
+
     customer: str
+    ref: str
+    lines: list[TimelineLine]
+    next_before: int | None = Field(description="Ask with this `before` for older lines; null: there are none.")
 
 
 @router.get(
@@ -83,23 +130,15 @@ class CustomerLink(BaseModel):
     response_model=CustomerAccess,
 )
 async def get_access(request: Request, ref: Reference) -> Response:
-    """Whether a customer may use the product, from one indexed row. Needs the scope `access:read`.
+    """Whether a customer may use the product, from one indexed read. Needs the scope `access:read`.
 
     The answer has a strong `ETag`; with it in `If-None-Match` the answer is 304 while nothing has changed (RFC 9110).
     """
     async with db.transaction(_engine(request)) as connection:
         row = (await connection.execute(FIND_ACCESS, {"ref": ref})).first()
     if row is None:
-        raise _unknown(ref)
-    body = CustomerAccess(
-        customer=row.customer,
-        ref=ref,
-        access=row.access,
-        reason=row.reason,
-        since=row.since,
-        decided_by=row.decided_by,
-        prices=row.prices,
-    ).model_dump_json()
+        raise UnknownCustomer(ref)
+    body = _access_of(ref, row).model_dump_json()
     etag = f'"{hashlib.sha256(body.encode()).hexdigest()[:32]}"'
     # Caches may keep it for this caller, and must ask whether it still holds.
     headers = {"ETag": etag, "Cache-Control": "private, no-cache", "Vary": "Authorization"}
@@ -108,35 +147,84 @@ async def get_access(request: Request, ref: Reference) -> Response:
     return Response(body, headers=headers, media_type="application/json")
 
 
-@router.get("/v1/customers/{ref}", dependencies=[Depends(require_scope("access:read"))], responses=UNKNOWN_CUSTOMER)
-async def get_customer(request: Request, ref: Reference) -> CustomerLink:
-    """The Stripe customer that a reference means. Needs the scope `access:read`."""
+@router.post("/v1/access", dependencies=[Depends(require_scope("access:read"))])
+async def get_access_of_several(request: Request, body: AccessRequest) -> AccessOfSeveral:
+    """The access of up to 100 customers, from one statement. Needs the scope `access:read`.
+
+    A POST, because 100 references do not fit into every proxy's idea of a URL; it changes nothing.
+    """
+    refs = list(dict.fromkeys(body.customers))
+    async with db.transaction(_engine(request)) as connection:
+        found = {row.ref: row for row in await connection.execute(FIND_ACCESS_OF_ALL, {"refs": refs})}
+    return AccessOfSeveral(
+        customers=[_access_of(ref, found[ref]) for ref in refs if ref in found],
+        unknown=[ref for ref in refs if ref not in found],
+    )
+
+
+@router.get(
+    "/v1/customers/{ref}/timeline",
+    dependencies=[Depends(require_scope("access:read"))],
+    responses=UNKNOWN_CUSTOMER,
+)
+async def get_timeline(
+    request: Request,
+    ref: Reference,
+    limit: Annotated[int, Query(ge=1, le=MAX_LINES, description="How many lines at most.")] = 50,
+    before: Annotated[
+        int | None, Query(ge=1, le=LATEST, description="Only lines with a smaller id: `next_before` of the last page.")
+    ] = None,
+) -> Timeline:
+    """What changed for a customer and by which event, the newest first. Needs the scope `access:read`.
+
+    The lines are those of the Stripe customer that the name means now. docs/access.md says what leaves a line.
+    """
     async with db.transaction(_engine(request)) as connection:
         customer = await connection.scalar(FIND_CUSTOMER, {"ref": ref})
-    if customer is None:
-        raise _unknown(ref)
-    return CustomerLink(ref=ref, customer=customer)
+        if customer is None:
+            raise UnknownCustomer(ref)
+        rows = await connection.execute(
+            READ_LINES, {"customer": customer, "before": before or LATEST, "limit": limit + 1}
+        )
+        lines = [read_line(row) for row in rows]
+    return Timeline(
+        customer=customer,
+        ref=ref,
+        lines=lines[:limit],
+        next_before=lines[limit - 1].id if len(lines) > limit else None,
+    )
 
 
-@router.put("/v1/customers/{ref}", dependencies=[Depends(require_scope("customers:write"))])
-async def link_customer(request: Request, ref: Reference, body: LinkRequest) -> CustomerLink:
-    """Let a reference mean this Stripe customer from now on, whatever it meant before. Safe to repeat.
+def read_line(row: Row[Any]) -> TimelineLine:
+    """A line as it is shown, from a row with `timeline.COLUMNS`."""
+    event = None
+    if row.event is not None:
+        event = CausingEvent(id=row.event, type=row.event_type, created=row.event_created)
+    return TimelineLine(
+        id=row.id,
+        at=row.at.astimezone(UTC),
+        what=row.what,
+        object_id=row.object_id,
+        old=row.old,
+        new=row.new,
+        reason=row.reason,
+        cause=row.cause,
+        event=event,
+    )
 
-    It wins over a reference in a customer's metadata. A customer that was never heard of is fetched from Stripe soon.
-    422 when the reference looks like a Stripe id: such a name means itself only. Needs the scope `customers:write`.
-    """
-    if ref.startswith("cus_"):
-        raise InvalidRequest("A reference may not begin with cus_.", field="ref")
-    async with db.transaction(_engine(request)) as connection:
-        await _link(connection, ref, body.customer)
-    return CustomerLink(ref=ref, customer=body.customer)
 
-
-async def _link(connection: AsyncConnection, ref: str, customer: str) -> None:
-    await lock_customers(connection, [customer])
-    await connection.execute(LINK, {"ref": ref, "customer": customer})
-    # A customer that was unknown until now has no access yet, not even the access "none".
-    await recompute_access(connection, {customer: None}, datetime.now(UTC))
+def _access_of(ref: str, row: Row[Any]) -> CustomerAccess:
+    return CustomerAccess(
+        customer=row.customer,
+        ref=ref,
+        access=row.access,
+        reason=row.reason,
+        since=row.since,
+        until=row.until,
+        decided_by=row.decided_by,
+        prices=row.prices,
+        entitlements=row.entitlements,
+    )
 
 
 def _engine(request: Request) -> AsyncEngine:
@@ -148,7 +236,3 @@ def _is_known(etag: str, if_none_match: list[str]) -> bool:
     # RFC 9110, 13.1.2: a list of tags, compared weakly, or * for any.
     tags = [tag.strip().removeprefix("W/") for header in if_none_match for tag in header.split(",")]
     return etag in tags or "*" in tags
-
-
-def _unknown(ref: str) -> NotFound:
-    return NotFound(f"No Stripe customer is known as {ref!a}.", type="unknown-customer")

@@ -12,11 +12,15 @@ from tallystick.mirror.marks import Mark
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What all kinds have. `needs_refresh`: this is not the whole truth; fetch the object."""
+    """What all kinds have. `needs_refresh`: this is not the whole truth; fetch the object.
+
+    `account` is the connected account that the object belongs to, or '' for the own one.
+    """
 
     id: str
     mark: Mark
     needs_refresh: bool = False
+    account: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,7 @@ class SubscriptionChange(Change):
     ended_at: datetime | None
     start_date: datetime | None
     trial_end: datetime | None
+    pending_update_expires_at: datetime | None
     pause_collection: str | None
     collection_method: str | None
     latest_invoice: str | None
@@ -79,7 +84,10 @@ class SubscriptionChange(Change):
 
 @dataclass(frozen=True, kw_only=True)
 class InvoiceChange(Change):
-    """`payment_failed_at` is a fact of its own: the latest one counts, whichever event has the last word otherwise."""
+    """The payment failures are facts of their own, whichever event has the last word otherwise.
+
+    `payment_failed_at` is the last one and `payment_failing_since` the first.
+    """
 
     customer: str
     subscription: str | None
@@ -94,6 +102,65 @@ class InvoiceChange(Change):
     next_payment_attempt: datetime | None
     due_date: datetime | None
     payment_failed_at: datetime | None = None
+    payment_failing_since: datetime | None = None
 
 
-AnyChange = CustomerChange | ProductChange | PriceChange | SubscriptionChange | InvoiceChange
+@dataclass(frozen=True, kw_only=True)
+class PaymentMethodChange(Change):
+    """A payment method; of the card or account itself nothing is kept. Without a customer it has been detached.
+
+    Which one is the default is the customer's to say.
+    """
+
+    customer: str | None
+    type: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckoutSessionChange(Change):
+    """A completed checkout that tells which customer the product's reference means."""
+
+    customer: str
+    client_reference_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entitlement:
+    """An active entitlement to a feature. It has no mark: its customer's summary guards it."""
+
+    id: str
+    feature: str | None
+    lookup_key: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntitlementsChange(Change):
+    """A customer's active entitlements; its id is the customer's. `complete`: there are no others."""
+
+    entitlements: tuple[Entitlement, ...]
+    complete: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeterChange(Change):
+    """A meter: its name, and how usage is told to it."""
+
+    event_name: str
+    formula: str
+    customer_key: str
+    value_key: str
+    event_time_window: str | None
+    status: str
+
+
+AnyChange = (
+    CustomerChange
+    | ProductChange
+    | PriceChange
+    | SubscriptionChange
+    | InvoiceChange
+    | PaymentMethodChange
+    | CheckoutSessionChange
+    | EntitlementsChange
+    | MeterChange
+)

@@ -13,7 +13,7 @@ from sqlalchemy import text
 
 from tallystick import db
 from tallystick.auth import bearer, require_scope
-from tallystick.errors import InvalidRequest, NotFound
+from tallystick.errors import InvalidRequest, UnknownCustomer
 from tallystick.resources import Resources
 from tallystick.stripe_gateway import STRIPE_ERRORS, is_missing, refused_parameter, to_problem
 
@@ -70,7 +70,7 @@ async def create_portal_session(request: Request, response: Response, body: Port
         session = await resources.stripe.v1.billing_portal.sessions.create_async(_parameters(customer, body))
     except STRIPE_ERRORS as error:
         if is_missing(error, "customer"):
-            raise _unknown(body.customer) from error
+            raise UnknownCustomer(body.customer) from error
         if (refused := refused_parameter(error)) in FIELDS:
             raise InvalidRequest("Stripe does not take this value.", field=FIELDS[refused]) from error
         raise to_problem(error) from error
@@ -104,9 +104,5 @@ async def _find_customer(resources: Resources, ref: str) -> str:
     if customer is None and ref.startswith("cus_"):
         return ref  # not seen yet; Stripe knows whether it exists
     if customer is None:
-        raise _unknown(ref)
+        raise UnknownCustomer(ref)
     return customer
-
-
-def _unknown(ref: str) -> NotFound:
-    return NotFound(f"No Stripe customer is linked to {ref!a}.", type="unknown-customer")

@@ -24,6 +24,7 @@ from tallystick import db
 from tallystick.config import Settings
 from tallystick.metrics import DELIVERIES
 from tallystick.resources import Resources
+from tallystick.usage.parking import announce_parked
 from tallystick.usage.senders.meter_events import send_meter_event
 from tallystick.usage.senders.outcomes import Outcome
 
@@ -87,6 +88,7 @@ SETTLE = text("""
         AS r(id bigint, attempts integer, state text, reason text, next_attempt_at timestamptz, unknown_since
         timestamptz)
      WHERE d.id = r.id AND d.attempts = r.attempts AND d.state = 'sending'
+    RETURNING d.state, d.customer, d.identifier, d.event_name, d.timestamp, d.reason
 """)
 
 
@@ -202,7 +204,8 @@ async def _settle(connection: AsyncConnection, claimed: list[Claimed], outcomes:
                 "unknown_since": still_unknown.isoformat() if still_unknown and outcome.state != "sent" else None,
             }
         )
-    await connection.execute(SETTLE, {"rows": json.dumps(rows), "now": now})
+    settled = (await connection.execute(SETTLE, {"rows": json.dumps(rows), "now": now})).mappings()
+    await announce_parked(connection, [row for row in settled if row["state"] == "parked"])
 
 
 def backoff(attempts: int) -> timedelta:

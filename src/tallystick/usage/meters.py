@@ -1,5 +1,6 @@
 """Stripe's meters: which names usage may be posted for, and how each is told to Stripe."""
 
+import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
@@ -17,6 +18,23 @@ log = structlog.get_logger()
 READ_EVERY = timedelta(seconds=15)
 # A name that nobody knows must not become a call to Stripe for each event that carries it.
 ASK_STRIPE_EVERY = timedelta(seconds=10)
+
+READ_VERSIONS = text("SELECT id, CAST(xmin AS text) AS version FROM meters")
+
+# A meter that is new since the versions were read has none, and is left alone too.
+WRITE_LISTED = text("""
+    INSERT INTO meters AS t (id, event_name, formula, customer_key, value_key, event_time_window, status, refreshed_at)
+    SELECT id, event_name, formula, customer_key, value_key, event_time_window, status, :now
+      FROM json_to_recordset(CAST(:rows AS json))
+        AS r(id text, event_name text, formula text, customer_key text, value_key text, event_time_window text,
+             status text)
+     ORDER BY id
+    ON CONFLICT (id) DO UPDATE SET
+        event_name = excluded.event_name, formula = excluded.formula, customer_key = excluded.customer_key,
+        value_key = excluded.value_key, event_time_window = excluded.event_time_window, status = excluded.status,
+        needs_refresh = false, refreshed_at = excluded.refreshed_at
+     WHERE CAST(t.xmin AS text) = CAST(:versions AS json) ->> t.id
+""")
 
 LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
@@ -82,34 +100,28 @@ async def find_meters(cache: MeterCache, resources: Resources, names: set[str], 
 
 
 async def refresh_meters(resources: Resources, now: datetime) -> int:
-    """List the account's meters and keep what is needed of each; how many there are. Raises Stripe's errors."""
-    page = await resources.stripe.v1.billing.meters.list_async({"limit": 100})
-    meters = [meter async for meter in page.auto_paging_iter()]
+    """List the account's meters and keep what is needed of each; how many there are. Raises Stripe's errors.
+
+    A row that has been written since before the list was asked for stays as it is: an event told it something newer.
+    """
     async with db.transaction(resources.engine) as connection:
-        for meter in meters:
-            await connection.execute(
-                text("""
-                    INSERT INTO meters (id, event_name, formula, customer_key, value_key, event_time_window, status,
-                                        refreshed_at)
-                    VALUES (:id, :event_name, :formula, :customer_key, :value_key, :event_time_window, :status, :now)
-                    ON CONFLICT (id) DO UPDATE SET
-                        event_name = excluded.event_name, formula = excluded.formula,
-                        customer_key = excluded.customer_key, value_key = excluded.value_key,
-                        event_time_window = excluded.event_time_window, status = excluded.status,
-                        refreshed_at = excluded.refreshed_at
-                """),
-                {
-                    "id": meter.id,
-                    "event_name": meter.event_name,
-                    "formula": meter.default_aggregation.formula,
-                    "customer_key": meter.customer_mapping.event_payload_key,
-                    "value_key": meter.value_settings.event_payload_key,
-                    "event_time_window": meter.event_time_window,
-                    "status": meter.status,
-                    "now": now,
-                },
-            )
-    return len(meters)
+        versions = {row.id: row.version for row in await connection.execute(READ_VERSIONS)}
+    page = await resources.stripe.v1.billing.meters.list_async({"limit": 100})
+    rows = [
+        {
+            "id": meter.id,
+            "event_name": meter.event_name,
+            "formula": meter.default_aggregation.formula,
+            "customer_key": meter.customer_mapping.event_payload_key,
+            "value_key": meter.value_settings.event_payload_key,
+            "event_time_window": meter.event_time_window,
+            "status": meter.status,
+        }
+        async for meter in page.auto_paging_iter()
+    ]
+    async with db.transaction(resources.engine) as connection:
+        await connection.execute(WRITE_LISTED, {"rows": json.dumps(rows), "versions": json.dumps(versions), "now": now})
+    return len(rows)
 
 
 async def read_meters(connection: AsyncConnection) -> dict[str, Meter]:

@@ -26,6 +26,7 @@ from tallystick.resources import Resources
 from tallystick.usage.drain import drain
 from tallystick.usage.events import MAX_DIGITS, plain
 from tallystick.usage.meters import Meter, read_meters
+from tallystick.usage.parking import announce_parked
 
 TOTALS_PER_TRANSACTION = 500
 
@@ -210,6 +211,7 @@ async def _seal_some(
         ]
         seals.append({"id": total.id, "next_seal": total.seal + len(parts)})
     await connection.execute(INSERT_DELIVERIES, {"rows": json.dumps(deliveries), "now": now})
+    await announce_parked(connection, [delivery for delivery in deliveries if delivery["state"] == "parked"])
     await connection.execute(CLOSE_SEALS, {"rows": json.dumps(seals), "now": now})
     return len(totals)
 

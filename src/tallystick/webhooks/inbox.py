@@ -1,6 +1,7 @@
-"""`POST /webhooks/stripe`, from the raw body to the answer.
+"""`POST /webhooks/stripe` and `/webhooks/stripe/{endpoint}`, from the raw body to the answer.
 
-    1. read and verify   at most 1 MiB, signed by Stripe with one of our secrets, now, for our account and mode
+    1. read and verify   at most 1 MiB, signed by Stripe with one of the endpoint's secrets, now, for its account and
+                         mode (verification.py)
     2. translate         what the event says about the mirror (a pure function)
     3. commit a batch    events that wait together share one transaction: ids, the mirror, access, requests to seal
     4. answer            200 after the commit; 500 when it failed, and Stripe sends the event again for three days
@@ -14,13 +15,11 @@ import asyncio
 import json
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from time import perf_counter
 from traceback import format_tb
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
-import stripe
 import structlog
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -29,16 +28,18 @@ from starlette.responses import JSONResponse, Response
 
 from tallystick import db
 from tallystick.access.state import recompute_access
+from tallystick.access.timeline import lines_of, write_timeline
 from tallystick.bodies import read_body
-from tallystick.config import Settings
-from tallystick.errors import Problem, StorageFailed, Untrusted
+from tallystick.errors import Problem, StorageFailed
 from tallystick.metrics import WEBHOOK_BATCH_SIZE, WEBHOOK_EVENTS, WEBHOOK_REFUSED, WEBHOOK_SECONDS
 from tallystick.mirror.apply import apply_changes
 from tallystick.mirror.changes import InvoiceChange
 from tallystick.resources import Resources
+from tallystick.rules import AccessRules
 from tallystick.usage.sealing_requests import request_seals
-from tallystick.webhooks.translate import IGNORED, Translation, id_of, instant, translate
-from tallystick.webhooks.translate import text as usable_text
+from tallystick.webhooks.stale import note_stale
+from tallystick.webhooks.translate import Translation, translate
+from tallystick.webhooks.verification import StripeEvent, find_endpoint, is_served, read_event
 
 log = structlog.get_logger()
 
@@ -65,16 +66,19 @@ FAILURES_BEFORE_QUARANTINE = 5
 # Also forgets earlier failures of the events: they are handled now.
 RECORD_EVENTS = text("""
     WITH handled AS (DELETE FROM stripe_event_failures WHERE id = ANY(:ids))
-    INSERT INTO stripe_events (id, type, livemode, api_version, object_id, created, verdict, error)
+    INSERT INTO stripe_events (id, type, account, livemode, api_version, object_id, created, verdict, error)
     SELECT * FROM json_to_recordset(CAST(:rows AS json))
-               AS r(id text, type text, livemode boolean, api_version text, object_id text, created timestamptz,
-                    verdict text, error text)
+               AS r(id text, type text, account text, livemode boolean, api_version text, object_id text,
+                    created timestamptz, verdict text, error text)
      ORDER BY id
     ON CONFLICT (id) DO NOTHING
     RETURNING id
 """)
 
-NOTE_STALE = text("UPDATE stripe_events SET verdict = 'stale' WHERE id = ANY(:ids)")
+# An id that two accounts use for different objects: only ids that people choose, as of products, can be alike.
+NOTE_FOREIGN = text("""
+    UPDATE stripe_events SET verdict = 'quarantined', error = 'another account has this id' WHERE id = ANY(:ids)
+""")
 
 COUNT_FAILURE = text("""
     INSERT INTO stripe_event_failures AS t (id, type, failures, error) VALUES (:id, :type, 1, :error)
@@ -83,133 +87,47 @@ COUNT_FAILURE = text("""
 """)
 
 
-@dataclass(frozen=True)
-class StripeEvent:
-    """An event that was verified: what is recorded of it, and its body, which is not."""
-
-    id: str
-    type: str
-    livemode: bool
-    api_version: str | None
-    object_id: str | None
-    created: datetime
-    body: Mapping[str, Any]
-
-
 async def receive_webhook(request: Request) -> Response:
     """Take one event from Stripe (https://docs.stripe.com/webhooks).
 
     200 `{"verdict": …}` once it is committed: `applied`, `stale` (the mirror knows something newer), `duplicate`,
-    `ignored` (nothing of it is mirrored) or `quarantined` (it could not be understood). Problems: 400 it cannot be
-    trusted or is not for us, 413 it is too large, 500 it could not be stored.
+    `ignored` (nothing of it is mirrored) or `quarantined` (it could not be understood); and `not_served`, with nothing
+    written, for another connected account or mode than the endpoint's. Problems: 400 it cannot be trusted or is not for
+    us, 404 no such endpoint, 413 it is too large, 500 it could not be stored.
     """
     resources: Resources = request.app.state.resources
     inbox: Inbox = request.app.state.inbox
+    settings = resources.settings
     try:
+        endpoint = find_endpoint(resources, request.path_params.get("endpoint"), datetime.now(UTC))
         raw = await read_body(request, MAX_BODY_BYTES)
-        event = read_event(raw, request.headers.get("stripe-signature"), resources.settings, datetime.now(UTC))
+        signature = request.headers.get("stripe-signature")
+        event = read_event(raw, signature, endpoint, settings.webhook_tolerance_seconds, datetime.now(UTC))
+        if not is_served(event, endpoint, livemode=settings.livemode):
+            WEBHOOK_EVENTS.labels("not_served").inc()
+            return JSONResponse({"verdict": "not_served"})
         started = perf_counter()
         verdict = await inbox.submit(event)
     except ClientDisconnect:
         return Response(status_code=400)  # it hung up before its body was here, so nobody reads this
     except Problem as problem:
         WEBHOOK_REFUSED.labels(problem.type).inc()
-        log.warning("stripe_event_refused", reason=problem.type)
+        log.warning("stripe_event_refused", reason=problem.type, path=request.url.path)
         raise
     WEBHOOK_SECONDS.observe(perf_counter() - started)
     WEBHOOK_EVENTS.labels(verdict).inc()
-    log.info("stripe_event", id=event.id, type=event.type, verdict=verdict)
+    log.info("stripe_event", id=event.id, type=event.type, verdict=verdict, endpoint=endpoint.name)
     return JSONResponse({"verdict": verdict})
-
-
-# 1. Read and verify
-
-
-def read_event(raw: bytes, signature: str | None, settings: Settings, now: datetime) -> StripeEvent:
-    """Verify a body with its `Stripe-Signature` header and read the event from it. Raises `Untrusted` (400)."""
-    try:
-        body = raw.decode()
-    except UnicodeDecodeError:
-        _refuse("webhook-body-invalid", "The body is not UTF-8.")
-    _verify(body, signature, settings, now)
-    event = _parse(body)
-    created = event.get("created")
-    match event.get("object"):
-        case "event":
-            at, subject = instant(created), _object(event.get("data")).get("object")
-        case "v2.core.event":  # a thin event carries only a link to its object
-            at, subject = _rfc3339(created), event.get("related_object")
-        case _:
-            _refuse("webhook-body-invalid", "The body is not an event.")
-    event_id, type_, livemode = usable_text(event.get("id")), usable_text(event.get("type")), event.get("livemode")
-    if event_id is None or type_ is None or at is None or not isinstance(livemode, bool):
-        _refuse("webhook-body-invalid", "The event lacks a usable id, type, created or livemode.")
-    if livemode is not settings.livemode:
-        _refuse("webhook-wrong-mode", "Live and test events go to the endpoint whose API key has their mode.")
-    if event.get("account") is not None:
-        _refuse("webhook-account-not-served", "Events of connected accounts are not served here.")
-    return StripeEvent(event_id, type_, livemode, usable_text(event.get("api_version")), id_of(subject), at, event)
-
-
-def _verify(body: str, header: str | None, settings: Settings, now: datetime) -> None:
-    # The SDK compares signatures as ASCII, and raises TypeError for anything else.
-    if header is None or not header.isascii():
-        _refuse("webhook-signature-invalid", "There is no Stripe-Signature header, or it is malformed.")
-    for secret in settings.stripe_webhook_secret:
-        try:
-            stripe.WebhookSignature.verify_header(body, header, secret.get_secret_value())
-        except stripe.SignatureVerificationError:
-            continue
-        break
-    else:
-        _refuse("webhook-signature-invalid", "The signature fits none of the endpoint's secrets.")
-    # The SDK would check the age only into the past. That it verified the header means that `t` is a number.
-    signed_at = int(next(part[2:] for part in header.split(",") if part.startswith("t=")))
-    age = int(now.timestamp()) - signed_at
-    if age > settings.webhook_tolerance_seconds:
-        _refuse("webhook-too-old", "It was signed too long ago; Stripe signs every retry afresh.")
-    if age < -settings.webhook_tolerance_seconds:
-        _refuse("webhook-from-the-future", "It was signed in the future; is this machine's clock right?")
-
-
-def _parse(body: str) -> dict[str, Any]:
-    try:
-        event = json.loads(body, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        _refuse("webhook-body-invalid", "The body is not JSON.")
-    if not isinstance(event, dict):
-        _refuse("webhook-body-invalid", "The body is not a JSON object.")
-    return event
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _refuse(reason: str, detail: str) -> NoReturn:
-    raise Untrusted(detail, type=reason) from None
-
-
-def _object(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _rfc3339(value: object) -> datetime | None:
-    try:
-        at = datetime.fromisoformat(value) if isinstance(value, str) else None
-    except ValueError:
-        return None
-    return at.astimezone(UTC) if at is not None and at.tzinfo is not None else None
 
 
 # 2 and 3. Translate, and commit a batch
 
 
 async def record_events(
-    connection: AsyncConnection, events: Sequence[StripeEvent], reference_key: str, now: datetime
+    connection: AsyncConnection, events: Sequence[StripeEvent], reference_key: str, rules: AccessRules, now: datetime
 ) -> list[Verdict]:
     """Record events and what they change, in the caller's transaction; one verdict for each event, in order."""
-    translations = {event.id: _translate(event, reference_key) for event in events}
+    translations = {event.id: translate(event.body, reference_key) for event in events}
     result = await connection.execute(
         RECORD_EVENTS,
         {
@@ -222,17 +140,20 @@ async def record_events(
     changes = [change for event in new if (change := translations[event.id].change) is not None]
     applied = await apply_changes(connection, changes)
     await request_seals(connection, _drafts(new, translations))
-    await recompute_access(connection, applied.customers, now)
+    await write_timeline(connection, lines_of(applied, changes), now)
+    await recompute_access(connection, applied.customers, rules, now)
     verdicts = {event.id: _verdict(translations[event.id], written=event.id in applied.events) for event in new}
-    stale = sorted(event_id for event_id, verdict in verdicts.items() if verdict == "stale")
-    if stale:
-        await connection.execute(NOTE_STALE, {"ids": stale})
+    if applied.foreign:
+        verdicts |= dict.fromkeys(applied.foreign, "quarantined")
+        await connection.execute(NOTE_FOREIGN, {"ids": sorted(applied.foreign)})
+    lost = {
+        change.mark.event: change
+        for change in changes
+        if change.mark.event not in applied.events and change.mark.event not in applied.foreign
+    }
+    await note_stale(connection, lost)
     # The first copy of an event in the batch has its verdict; every other is a duplicate.
     return [verdicts.pop(event.id, "duplicate") for event in events]
-
-
-def _translate(event: StripeEvent, reference_key: str) -> Translation:
-    return translate(event.body, reference_key) if event.body["object"] == "event" else IGNORED
 
 
 def _first_copies(events: Sequence[StripeEvent]) -> list[StripeEvent]:
@@ -251,9 +172,11 @@ def _event_row(event: StripeEvent, translation: Translation) -> dict[str, object
     return {
         "id": event.id,
         "type": event.type,
+        "account": event.account,
         "livemode": event.livemode,
         "api_version": event.api_version,
-        "object_id": event.object_id,
+        # A summary of entitlements has no id: it is the customer's.
+        "object_id": event.object_id or (translation.change.id if translation.change is not None else None),
         "created": event.created.isoformat(),
         "verdict": _verdict(translation, written=True),
         "error": translation.unusable,
@@ -261,8 +184,13 @@ def _event_row(event: StripeEvent, translation: Translation) -> dict[str, object
 
 
 def _drafts(events: Sequence[StripeEvent], translations: Mapping[str, Translation]) -> dict[str, str]:
-    """The invoices that were just drafted, by customer: their usage is to be told to Stripe while they are drafts."""
-    created = [translations[event.id].change for event in events if event.type == "invoice.created"]
+    """The invoices that were just drafted, by customer: their usage is to be told to Stripe while they are drafts.
+
+    Usage is told for the own account only.
+    """
+    created = [
+        translations[event.id].change for event in events if event.type == "invoice.created" and not event.account
+    ]
     return {
         change.customer: change.id
         for change in created
@@ -340,13 +268,16 @@ class Inbox:
             else:
                 await self._settle_failed(*batch[0], error)
             return
-        for (_, committed), verdict in zip(batch, verdicts, strict=True):
+        for (event, committed), verdict in zip(batch, verdicts, strict=True):
+            if verdict == "quarantined":
+                log.error("stripe_event_quarantined", id=event.id, type=event.type)
             _answer(committed, verdict)
 
     async def _commit(self, events: Sequence[StripeEvent]) -> list[Verdict]:
         reference_key = self._resources.settings.customer_reference_key
+        rules = self._resources.rules.current(datetime.now(UTC)).access
         async with asyncio.timeout(COMMIT_WITHIN_SECONDS), db.transaction(self._resources.engine) as connection:
-            return await record_events(connection, events, reference_key, datetime.now(UTC))
+            return await record_events(connection, events, reference_key, rules, datetime.now(UTC))
 
     async def _settle_failed(self, event: StripeEvent, committed: asyncio.Future[Verdict], error: Exception) -> None:
         """A bug of ours: let Stripe try again some times, in case the next release knows better, then set it aside."""

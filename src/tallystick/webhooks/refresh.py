@@ -1,7 +1,7 @@
 """Refresh: fetch the objects that events left in doubt, and write them over what the mirror has.
 
 A row needs it when it is a stub, known only from a link to it; when two events of one second told different things; or
-when an event showed only some of a subscription's items.
+when an event showed only some of a subscription's items, or of a customer's entitlements.
 
     1. claim    in one transaction: take some rows, with their versions, and keep other workers off them for a minute
     2. fetch    with no transaction open
@@ -12,29 +12,36 @@ Died between 1 and 3, or Stripe failed: the claim runs out and the row is tried 
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
+from urllib.parse import quote
 
 import structlog
 from sqlalchemy import text
 
 from tallystick import db
 from tallystick.access.state import recompute_access
+from tallystick.access.timeline import lines_of, write_timeline
 from tallystick.mirror.apply import entomb, lock_customers, overwrite
 from tallystick.mirror.changes import (
     AnyChange,
+    CheckoutSessionChange,
     CustomerChange,
+    EntitlementsChange,
     InvoiceChange,
+    MeterChange,
+    PaymentMethodChange,
     PriceChange,
     ProductChange,
     SubscriptionChange,
 )
 from tallystick.mirror.marks import CREATED, FINAL, NEVER, Mark
 from tallystick.resources import Resources
-from tallystick.stripe_gateway import STRIPE_ERRORS
-from tallystick.webhooks.translate import is_final, translate_object
+from tallystick.stripe_gateway import STRIPE_ERRORS, is_missing
+from tallystick.webhooks.reading import PAGE_SIZE
+from tallystick.webhooks.translate import SUMMARY, is_final, translate_object
 
 log = structlog.get_logger()
 
@@ -44,32 +51,50 @@ FETCHES_AT_ONCE = 5
 # Longer than a fetch can take, so that a claim holds until its fetch is over; also the pause after a failure.
 CLAIM_FOR = timedelta(minutes=1)
 
+SUMMARY_PATH = "/v1/entitlements/active_entitlements"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is fetched, and from where. `customer`: the column that says whose it is."""
+
+    table: str
+    customer: str | None
+    change: type[AnyChange]
+    path: str
+
+
 # Customers first: they carry the references by which everything else is asked for.
-KINDS: Mapping[str, tuple[str, str, type[AnyChange]]] = {
-    "customer": ("customers", "id", CustomerChange),
-    "subscription": ("subscriptions", "customer", SubscriptionChange),
-    "invoice": ("invoices", "customer", InvoiceChange),
-    "price": ("prices", "NULL", PriceChange),
-    "product": ("products", "NULL", ProductChange),
+KINDS: Mapping[str, Kind] = {
+    "customer": Kind("customers", "id", CustomerChange, "/v1/customers"),
+    "subscription": Kind("subscriptions", "customer", SubscriptionChange, "/v1/subscriptions"),
+    "invoice": Kind("invoices", "customer", InvoiceChange, "/v1/invoices"),
+    SUMMARY: Kind("entitlement_summaries", "id", EntitlementsChange, SUMMARY_PATH),
+    "checkout.session": Kind("checkout_sessions", "customer", CheckoutSessionChange, "/v1/checkout/sessions"),
+    "payment_method": Kind("payment_methods", None, PaymentMethodChange, "/v1/payment_methods"),
+    "billing.meter": Kind("meters", None, MeterChange, "/v1/billing/meters"),
+    "price": Kind("prices", None, PriceChange, "/v1/prices"),
+    "product": Kind("products", None, ProductChange, "/v1/products"),
 }
 
 CLAIM = {
     kind: text(f"""
-        UPDATE {table} SET refresh_after = :claimed_until
-         WHERE id IN (SELECT id FROM {table} WHERE needs_refresh AND refresh_after <= :now
+        UPDATE {of.table} SET refresh_after = :claimed_until
+         WHERE id IN (SELECT id FROM {of.table} WHERE needs_refresh AND refresh_after <= :now
                        ORDER BY refresh_after, id LIMIT :limit FOR UPDATE SKIP LOCKED)
-        RETURNING id, CAST({customer} AS text) AS customer, CAST(xmin AS text) AS version
+        RETURNING id, account, CAST({of.customer or "NULL"} AS text) AS customer, CAST(xmin AS text) AS version
     """)  # noqa: S608  names from the table above
-    for kind, (table, customer, _) in KINDS.items()
+    for kind, of in KINDS.items()
 }
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A row to be fetched: the object's id, its customer where it has one, and the row's version."""
+    """A row to be fetched: the object's id, its account, its customer where it has one, and the row's version."""
 
     kind: str
     id: str
+    account: str
     customer: str | None
     version: str
 
@@ -105,50 +130,72 @@ async def _claim(resources: Resources, now: datetime) -> list[Claim]:
 
 async def _refresh(resources: Resources, claim: Claim, now: datetime) -> bool:
     payload = await _fetch(resources, claim)
-    change_class = KINDS[claim.kind][2]
+    change_class = KINDS[claim.kind].change
     if payload is None:
         change = None
     else:
         # Only whether it is final counts of this mark: the row keeps its own.
         mark = Mark(deleted=False, created=NEVER, rank=FINAL if is_final(claim.kind, payload) else CREATED, event="")
-        translation = translate_object(claim.kind, payload, mark, resources.settings.customer_reference_key)
+        reference_key = resources.settings.customer_reference_key
+        translation = translate_object(claim.kind, payload, mark, reference_key, claim.account)
         if translation.change is None:
             raise ValueError(translation.unusable)
         change = translation.change
     async with db.transaction(resources.engine) as connection:
         if claim.customer is not None:
-            await lock_customers(connection, [claim.customer])
+            await lock_customers(connection, {claim.customer: claim.account})
         if change is None:
-            written = await entomb(connection, change_class, claim.id, claim.version)
+            applied = await entomb(connection, change_class, claim.id, claim.version)
         else:
-            written = await overwrite(connection, change, claim.version)
-        if written and claim.customer is not None:
-            await recompute_access(connection, {claim.customer: None}, now)
-    log.info("refreshed", kind=claim.kind, id=claim.id, written=written, deleted=change is None)
-    return written
+            applied = await overwrite(connection, change, claim.version)
+        if applied is not None and claim.customer is not None:
+            await write_timeline(connection, lines_of(applied), now)
+            rules = resources.rules.current(now).access
+            await recompute_access(connection, {claim.customer: None}, rules, now)
+    log.info("refreshed", kind=claim.kind, id=claim.id, written=applied is not None, deleted=change is None)
+    return applied is not None
 
 
 async def _fetch(resources: Resources, claim: Claim) -> Mapping[str, Any] | None:
-    """The object as Stripe has it now, with all of a subscription's items, or None when it has been deleted."""
-    services = resources.stripe.v1
-    retrieve: Mapping[str, Callable[[str], Awaitable[Any]]] = {
-        "customer": services.customers.retrieve_async,
-        "subscription": services.subscriptions.retrieve_async,
-        "invoice": services.invoices.retrieve_async,
-        "price": services.prices.retrieve_async,
-        "product": services.products.retrieve_async,
-    }
+    """The object as Stripe has it now, with all that belongs to it, or None when it has been deleted."""
+    if claim.kind == SUMMARY:
+        return await _fetch_entitlements(resources, claim)
     try:
-        fetched = await retrieve[claim.kind](claim.id)
+        payload = await _get(resources, claim, f"{KINDS[claim.kind].path}/{quote(claim.id, safe='')}")
     except STRIPE_ERRORS as error:
         if error.http_status == 404:
             return None
         raise
-    payload: dict[str, Any] = fetched.to_dict(for_json=True)
     if payload.get("deleted") is True:
         return None
-    if claim.kind == "subscription" and payload.get("items", {}).get("has_more"):
+    if claim.kind == "subscription" and payload["items"].get("has_more"):
         # A subscription shows its first ten items and may have twenty, so this is one page.
-        items = await services.subscription_items.list_async({"subscription": claim.id, "limit": 100})
-        payload["items"] = items.to_dict(for_json=True)
+        items = await _get(resources, claim, "/v1/subscription_items", subscription=claim.id, limit=PAGE_SIZE)
+        payload |= {"items": items}
     return payload
+
+
+async def _fetch_entitlements(resources: Resources, claim: Claim) -> Mapping[str, Any]:
+    """All of a customer's entitlements, as the summary that Stripe would send if it did not stop after ten."""
+    entries: list[dict[str, Any]] = []
+    after: dict[str, str] = {}
+    more = True
+    while more:
+        try:
+            page = await _get(resources, claim, SUMMARY_PATH, customer=claim.id, limit=PAGE_SIZE, **after)
+        except STRIPE_ERRORS as error:
+            if not is_missing(error, "customer"):
+                raise
+            page = {"data": [], "has_more": False}  # a customer that is gone is entitled to nothing
+        entries += page["data"]
+        more = page["has_more"] and bool(page["data"])
+        after = {"starting_after": entries[-1]["id"]} if more else {}
+    return {"object": SUMMARY, "customer": claim.id, "entitlements": {"data": entries, "has_more": False}}
+
+
+async def _get(resources: Resources, claim: Claim, path: str, **params: object) -> dict[str, Any]:
+    """`GET path` on the account that has the object. Raises Stripe's errors."""
+    of_account = {"stripe_account": claim.account} if claim.account else {}
+    answer = await resources.stripe.raw_request_async("get", path, **params, **of_account)
+    data: dict[str, Any] = answer.data
+    return data

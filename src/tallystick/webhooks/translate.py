@@ -15,9 +15,14 @@ from typing import Any
 
 from tallystick.mirror.changes import (
     AnyChange,
+    CheckoutSessionChange,
     CustomerChange,
+    Entitlement,
+    EntitlementsChange,
     InvoiceChange,
     Item,
+    MeterChange,
+    PaymentMethodChange,
     PriceChange,
     ProductChange,
     SubscriptionChange,
@@ -32,9 +37,41 @@ MAX_REFERENCE = 100
 # The last whole second that a datetime can hold.
 MAX_TIMESTAMP = int(datetime.max.replace(tzinfo=UTC, microsecond=0).timestamp())
 
-FINAL_STATUSES = {"subscription": ("canceled", "incomplete_expired"), "invoice": ("paid", "void")}
+SUMMARY = "entitlements.active_entitlement_summary"
+
+FINAL_STATUSES = {
+    "subscription": ("canceled", "incomplete_expired"),
+    "invoice": ("paid", "void"),
+    "checkout.session": ("complete",),
+}
 
 DELETIONS = ("customer.deleted", "product.deleted", "price.deleted", "invoice.deleted")
+
+_HANDLED = {
+    "customer": "created updated deleted",
+    "customer.subscription": "created updated deleted paused resumed trial_will_end pending_update_applied"
+    " pending_update_expired",
+    "product": "created updated deleted",
+    "price": "created updated deleted",
+    "invoice": "created updated deleted finalized finalization_failed sent paid payment_succeeded payment_failed"
+    " payment_action_required payment_attempt_required marked_uncollectible voided overdue overpaid will_be_due",
+    "payment_method": "attached detached updated automatically_updated",
+    "checkout.session": "completed",
+    SUMMARY: "updated",
+    "billing.meter": "created updated deactivated reactivated",
+}
+
+# Thin events about usage that Stripe could not bill. They are recorded; what to do about that usage is not for the
+# mirror to say.
+THIN_TYPES = ("v1.billing.meter.error_report_triggered", "v1.billing.meter.no_meter_found")
+
+# The event types that are handled: an endpoint at Stripe is to have exactly these. `invoice.upcoming` is not one of
+# them, since that invoice does not exist yet; nor are thin events about mirrored objects (`v1.customer.updated`), whose
+# changes the snapshot events bring.
+HANDLED_TYPES: tuple[str, ...] = (
+    *(f"{kind}.{what}" for kind, whats in _HANDLED.items() for what in whats.split()),
+    *THIN_TYPES,
+)
 
 
 @dataclass(frozen=True)
@@ -51,29 +88,36 @@ IGNORED = Translation()
 def translate(event: Mapping[str, Any], reference_key: str) -> Translation:
     """The change of the mirror that an event (https://docs.stripe.com/api/events/object) makes.
 
-    The event's `id`, `type` and `created` have been checked. Types that are not mirrored, and objects that have no id,
-    as in `invoice.upcoming`, make none. `reference_key` is the metadata key of the product's name for a customer.
+    The event's `id`, `type` and `created` have been checked. Types that are not mirrored, thin events, and objects that
+    have no id, make none. `reference_key` is the metadata key of the product's name for a customer.
     """
     type_ = event["type"]
+    kind = _kind_of(type_) if event.get("object") == "event" else None
     payload = _object(_object(event.get("data")).get("object"))
-    kind = _kind_of(type_)
     if type_ == "customer.subscription.deleted" and not is_final("subscription", payload):
         payload = {**payload, "status": "canceled"}
-    if kind is None or payload.get("id") is None or payload.get("object", kind) != kind:
+    if kind is None or payload.get("object", kind) != kind or (payload.get("id") is None and kind != SUMMARY):
         return IGNORED
+    account = text(event.get("account")) or ""
+    if kind == "billing.meter" and account:
+        return IGNORED  # usage is told to the own account's meters only
+    created = type_.endswith((".created", ".attached"))
     mark = Mark(
         deleted=type_ in DELETIONS or payload.get("deleted") is True,
         created=instant(event["created"]) or STUB.created,
-        rank=FINAL if is_final(kind, payload) else CREATED if type_.endswith(".created") else UPDATED,
+        rank=FINAL if is_final(kind, payload) else CREATED if created else UPDATED,
         event=event["id"],
     )
-    translation = translate_object(kind, payload, mark, reference_key)
+    translation = translate_object(kind, payload, mark, reference_key, account)
     if type_ == "invoice.payment_failed" and isinstance(translation.change, InvoiceChange):
-        return Translation(replace(translation.change, payment_failed_at=mark.created))
+        failed_at = mark.created
+        return Translation(replace(translation.change, payment_failed_at=failed_at, payment_failing_since=failed_at))
     return translation
 
 
-def translate_object(kind: str, payload: Mapping[str, Any], mark: Mark, reference_key: str) -> Translation:
+def translate_object(
+    kind: str, payload: Mapping[str, Any], mark: Mark, reference_key: str, account: str = ""
+) -> Translation:
     """The change that brings the mirror to this state of an object. `kind` is what Stripe calls it, in `object`."""
     change: AnyChange | None
     match kind:
@@ -87,9 +131,27 @@ def translate_object(kind: str, payload: Mapping[str, Any], mark: Mark, referenc
             change = _subscription(payload, mark)
         case "invoice":
             change = _invoice(payload, mark)
+        case "payment_method":
+            change = _payment_method(payload, mark)
+        case "checkout.session":
+            if payload.get("customer") is None or text(payload.get("client_reference_id"), MAX_REFERENCE) is None:
+                return IGNORED  # it links nothing
+            change = _checkout_session(payload, mark)
+        case _ if kind == SUMMARY:
+            change = _entitlements(payload, mark)
+        case "billing.meter":
+            change = _meter(payload, mark)
         case _:
             return IGNORED
-    return Translation(change) if change is not None else Translation(unusable=f"no usable {kind}")
+    if change is None:
+        return Translation(unusable=f"no usable {kind}")
+    return Translation(_of_account(change, account) if account else change)
+
+
+def _of_account(change: AnyChange, account: str) -> AnyChange:
+    if isinstance(change, SubscriptionChange):
+        change = replace(change, prices=tuple(replace(price, account=account) for price in change.prices))
+    return replace(change, account=account)
 
 
 def text(value: object, max_length: int = MAX_TEXT) -> str | None:
@@ -112,7 +174,9 @@ def id_of(value: object) -> str | None:
 
 
 def is_final(kind: str, payload: Mapping[str, Any]) -> bool:
-    """Whether Stripe never moves the object out of the status that it has."""
+    """Whether Stripe never moves the object out of the status that it has; a detached payment method stays so."""
+    if kind == "payment_method":
+        return payload.get("customer") is None
     return payload.get("status") in FINAL_STATUSES.get(kind, ())
 
 
@@ -124,8 +188,16 @@ def _kind_of(event_type: str) -> str | None:
             return "subscription"
         case ["product" | "price" as kind, _]:
             return kind
-        case ["invoice", _]:
+        case ["invoice", what] if what != "upcoming":
             return "invoice"
+        case ["payment_method", _]:
+            return "payment_method"
+        case ["billing", "meter", _]:
+            return "billing.meter"
+        case ["checkout", "session", "completed"]:
+            return "checkout.session"
+        case ["entitlements", "active_entitlement_summary", "updated"]:
+            return SUMMARY
         case _:
             return None
 
@@ -189,6 +261,7 @@ def _subscription(payload: Mapping[str, Any], mark: Mark) -> SubscriptionChange 
         ended_at=instant(payload.get("ended_at")),
         start_date=instant(payload.get("start_date")),
         trial_end=instant(payload.get("trial_end")),
+        pending_update_expires_at=instant(_object(payload.get("pending_update")).get("expires_at")),
         pause_collection=text(_object(payload.get("pause_collection")).get("behavior")),
         collection_method=text(payload.get("collection_method")),
         latest_invoice=id_of(payload.get("latest_invoice")),
@@ -238,6 +311,64 @@ def _invoice(payload: Mapping[str, Any], mark: Mark) -> InvoiceChange | None:
         finalized_at=instant(_object(payload.get("status_transitions")).get("finalized_at")),
         next_payment_attempt=instant(payload.get("next_payment_attempt")),
         due_date=instant(payload.get("due_date")),
+    )
+
+
+def _payment_method(payload: Mapping[str, Any], mark: Mark) -> PaymentMethodChange | None:
+    object_id = id_of(payload)
+    if object_id is None:
+        return None
+    customer, type_ = id_of(payload.get("customer")), text(payload.get("type"))
+    return PaymentMethodChange(id=object_id, mark=mark, customer=customer, type=type_)
+
+
+def _checkout_session(payload: Mapping[str, Any], mark: Mark) -> CheckoutSessionChange | None:
+    object_id, customer = id_of(payload), id_of(payload.get("customer"))
+    reference = text(payload.get("client_reference_id"), MAX_REFERENCE)
+    if object_id is None or customer is None or reference is None:
+        return None
+    return CheckoutSessionChange(id=object_id, mark=mark, customer=customer, client_reference_id=reference)
+
+
+def _entitlements(payload: Mapping[str, Any], mark: Mark) -> EntitlementsChange | None:
+    customer = id_of(payload.get("customer"))
+    if customer is None:
+        return None
+    listed = _object(payload.get("entitlements"))
+    # A summary shows ten at most, and says `has_more` then.
+    complete = isinstance(listed.get("data"), list) and listed.get("has_more") is not True
+    entries = [_object(entry) for entry in _list(listed.get("data"))]
+    return EntitlementsChange(
+        id=customer,
+        mark=mark,
+        needs_refresh=not complete,
+        entitlements=tuple(
+            Entitlement(id=entry_id, feature=id_of(entry.get("feature")), lookup_key=text(entry.get("lookup_key")))
+            for entry in entries
+            if (entry_id := id_of(entry)) is not None
+        ),
+        complete=complete,
+    )
+
+
+def _meter(payload: Mapping[str, Any], mark: Mark) -> MeterChange | None:
+    object_id, event_name, status = id_of(payload), text(payload.get("event_name")), text(payload.get("status"))
+    if object_id is None or event_name is None or status is None:
+        return None
+    formula = text(_object(payload.get("default_aggregation")).get("formula"))
+    customer_key = text(_object(payload.get("customer_mapping")).get("event_payload_key"))
+    value_key = text(_object(payload.get("value_settings")).get("event_payload_key"))
+    if formula is None or customer_key is None or value_key is None:
+        return None
+    return MeterChange(
+        id=object_id,
+        mark=mark,
+        event_name=event_name,
+        formula=formula,
+        customer_key=customer_key,
+        value_key=value_key,
+        event_time_window=text(payload.get("event_time_window")),
+        status=status,
     )
 
 

@@ -1,0 +1,267 @@
+"""The mirror's tables, and the statements that write them: each takes any number of rows as one JSON parameter.
+
+`w` are the rows to be written, `t` is the table.
+"""
+
+from collections.abc import Mapping
+
+from sqlalchemy import TextClause, text
+
+from tallystick.mirror.changes import (
+    AnyChange,
+    CheckoutSessionChange,
+    CustomerChange,
+    EntitlementsChange,
+    InvoiceChange,
+    MeterChange,
+    PaymentMethodChange,
+    PriceChange,
+    ProductChange,
+    SubscriptionChange,
+)
+from tallystick.mirror.marks import ties_with, wins_over
+
+# Each kind's table and the columns that an event fills, beside the id and the mark.
+TABLES: Mapping[type[AnyChange], tuple[str, Mapping[str, str]]] = {
+    CustomerChange: ("customers", {"ref": "text", "delinquent": "boolean", "default_payment_method": "text"}),
+    ProductChange: ("products", {"active": "boolean"}),
+    PriceChange: (
+        "prices",
+        {
+            "product": "text",
+            "active": "boolean",
+            "type": "text",
+            "usage_type": "text",
+            "meter": "text",
+            "lookup_key": "text",
+        },
+    ),
+    SubscriptionChange: (
+        "subscriptions",
+        {
+            "customer": "text",
+            "status": "text",
+            "cancel_at_period_end": "boolean",
+            "cancel_at": "timestamptz",
+            "canceled_at": "timestamptz",
+            "ended_at": "timestamptz",
+            "start_date": "timestamptz",
+            "trial_end": "timestamptz",
+            "pending_update_expires_at": "timestamptz",
+            "pause_collection": "text",
+            "collection_method": "text",
+            "latest_invoice": "text",
+        },
+    ),
+    InvoiceChange: (
+        "invoices",
+        {
+            "customer": "text",
+            "subscription": "text",
+            "status": "text",
+            "billing_reason": "text",
+            "collection_method": "text",
+            "attempted": "boolean",
+            "period_start": "timestamptz",
+            "period_end": "timestamptz",
+            "created": "timestamptz",
+            "finalized_at": "timestamptz",
+            "next_payment_attempt": "timestamptz",
+            "due_date": "timestamptz",
+            "payment_failed_at": "timestamptz",
+            "payment_failing_since": "timestamptz",
+        },
+    ),
+    PaymentMethodChange: ("payment_methods", {"customer": "text", "type": "text"}),
+    CheckoutSessionChange: ("checkout_sessions", {"customer": "text", "client_reference_id": "text"}),
+    EntitlementsChange: ("entitlement_summaries", {}),
+    MeterChange: (
+        "meters",
+        {
+            "event_name": "text",
+            "formula": "text",
+            "customer_key": "text",
+            "value_key": "text",
+            "event_time_window": "text",
+            "status": "text",
+        },
+    ),
+}
+
+MARK_COLUMNS = {
+    "account": "text",
+    "deleted": "boolean",
+    "mark_created": "timestamptz",
+    "mark_rank": "smallint",
+    "mark_event": "text",
+    "needs_refresh": "boolean",
+}
+
+# `DO UPDATE … WHERE false` changes nothing and locks the row all the same, in the order of the SELECT.
+LOCK_CUSTOMERS = text("""
+    INSERT INTO customers AS t (id, account, needs_refresh)
+    SELECT id, account, true FROM json_to_recordset(CAST(:rows AS json)) AS r(id text, account text) ORDER BY id
+    ON CONFLICT (id) DO UPDATE SET updated_at = t.updated_at WHERE false
+""")
+
+FIND_PRICES = text("SELECT id FROM prices WHERE id = ANY(:ids)")
+
+WRITE_ITEMS = text("""
+    INSERT INTO subscription_items AS t (id, subscription, price, current_period_start, current_period_end)
+    SELECT * FROM json_to_recordset(CAST(:rows AS json))
+               AS r(id text, subscription text, price text, current_period_start timestamptz,
+                    current_period_end timestamptz)
+     ORDER BY id
+    ON CONFLICT (id) DO UPDATE SET
+        subscription = excluded.subscription, price = excluded.price, deleted = false, updated_at = now(),
+        current_period_start = excluded.current_period_start, current_period_end = excluded.current_period_end
+""")
+
+DELETE_OTHER_ITEMS = text("""
+    UPDATE subscription_items SET deleted = true, updated_at = now()
+     WHERE subscription = ANY(:subscriptions) AND NOT deleted AND NOT id = ANY(:listed)
+""")
+
+WRITE_ENTITLEMENTS = text("""
+    INSERT INTO active_entitlements AS t (id, customer, feature, lookup_key)
+    SELECT * FROM json_to_recordset(CAST(:rows AS json)) AS r(id text, customer text, feature text, lookup_key text)
+     ORDER BY id
+    ON CONFLICT (id) DO UPDATE SET
+        customer = excluded.customer, feature = excluded.feature, lookup_key = excluded.lookup_key, deleted = false,
+        updated_at = now()
+""")
+
+DELETE_OTHER_ENTITLEMENTS = text("""
+    UPDATE active_entitlements SET deleted = true, updated_at = now()
+     WHERE customer = ANY(:customers) AND NOT deleted AND NOT id = ANY(:listed)
+""")
+
+ADD_BOUNDARIES = text("""
+    INSERT INTO period_boundaries (customer, at)
+    SELECT * FROM json_to_recordset(CAST(:rows AS json)) AS r(customer text, at timestamptz) ORDER BY customer, at
+    ON CONFLICT DO NOTHING
+""")
+
+MERGE_PAYMENT_FAILURES = text("""
+    UPDATE invoices t SET updated_at = now(),
+           payment_failed_at = greatest(t.payment_failed_at, w.payment_failed_at),
+           payment_failing_since = least(t.payment_failing_since, w.payment_failing_since)
+      FROM json_to_recordset(CAST(:rows AS json))
+        AS w(id text, payment_failed_at timestamptz, payment_failing_since timestamptz)
+     WHERE t.id = w.id
+       AND (coalesce(t.payment_failed_at < w.payment_failed_at, true)
+            OR coalesce(t.payment_failing_since > w.payment_failing_since, true))
+    RETURNING t.id
+""")
+
+
+# The status as the timeline and the notifications tell it: a draft invoice can be deleted, which Stripe has no status
+# for.
+STATUS = "CASE WHEN t.deleted THEN 'deleted' ELSE t.status END"
+
+COLUMNS = {kind: {"id": "text", **own, **MARK_COLUMNS} for kind, (_, own) in TABLES.items()}
+
+
+def _may_overwrite(new: str, old: str) -> str:
+    """SQL: whether the row `new` takes the place of `old`.
+
+    Ids that people choose, as of products, may be alike in two accounts: then the lesser account has the row, and the
+    own one, '', is the least. But a stub of ours that Stripe has not confirmed is only a guess at its account.
+    """
+    return f"""(
+        {new}.account = {old}.account AND {wins_over(new, old)}
+        OR {new}.account COLLATE "C" < {old}.account COLLATE "C"
+        OR {new}.account <> {old}.account AND {old}.mark_event = '' AND ({old}.needs_refresh OR {old}.deleted)
+    )"""
+
+
+def _write_statement(kind: type[AnyChange]) -> TextClause:
+    """Insert rows, or write over those with a smaller mark; returns the ids written, with their statuses if any."""
+    table, columns = TABLES[kind][0], COLUMNS[kind]
+    assignments = {name: f"excluded.{name}" for name in columns if name != "id"}
+    assignments["needs_refresh"] = f"excluded.needs_refresh OR {ties_with('excluded', 't')}"
+    assignments["refresh_after"] = "'-infinity'"
+    if "payment_failed_at" in assignments:
+        assignments["payment_failed_at"] = "greatest(t.payment_failed_at, excluded.payment_failed_at)"
+        assignments["payment_failing_since"] = "least(t.payment_failing_since, excluded.payment_failing_since)"
+    return text(f"""
+        {_statuses_before(kind)}
+        INSERT INTO {table} AS t ({", ".join(columns)})
+        SELECT * FROM json_to_recordset(CAST(:rows AS json)) AS r({_recordset(columns)}) ORDER BY id
+        ON CONFLICT (id) DO UPDATE SET updated_at = now(), {_assign(assignments)}
+         WHERE {_may_overwrite("excluded", "t")}
+        RETURNING {_written(kind)}
+    """)  # noqa: S608  names from the tables above
+
+
+def _overwrite_statement(kind: type[AnyChange]) -> TextClause:
+    """Write a fetched object over the row that was read before the fetch, if it is still the same row."""
+    table, columns = TABLES[kind][0], COLUMNS[kind]
+    assignments = {name: f"w.{name}" for name in columns if name not in ("id", "account", "mark_created", "mark_event")}
+    # Nothing leaves a final status, so a late event must not either.
+    assignments["mark_rank"] = "greatest(t.mark_rank, w.mark_rank)"
+    for fact in ("payment_failed_at", "payment_failing_since"):
+        assignments.pop(fact, None)
+    return text(f"""
+        {_statuses_before(kind)}
+        UPDATE {table} t SET updated_at = now(), {_assign(assignments)}
+          FROM json_to_recordset(CAST(:rows AS json)) AS w({_recordset(columns)})
+         WHERE t.id = w.id AND t.account = w.account AND CAST(t.xmin AS text) = :version
+        RETURNING {_written(kind)}
+    """)  # noqa: S608  names from the tables above
+
+
+def _tie_statement(kind: type[AnyChange]) -> TextClause:
+    """The loser of a tie came second: the row keeps the winner, and is to be fetched."""
+    table, columns = TABLES[kind][0], COLUMNS[kind]
+    return text(f"""
+        UPDATE {table} t SET needs_refresh = true, refresh_after = '-infinity', updated_at = now()
+          FROM json_to_recordset(CAST(:rows AS json)) AS w({_recordset(columns)})
+         WHERE t.id = w.id AND t.account = w.account AND {ties_with("w", "t")}
+    """)  # noqa: S608  names from the tables above
+
+
+def tells_status(kind: type[AnyChange]) -> bool:
+    """Whether changes of its status are news to a customer."""
+    return kind in (SubscriptionChange, InvoiceChange)
+
+
+def _statuses_before(kind: type[AnyChange]) -> str:
+    # All parts of one statement see what was there before it; the customers' lock keeps others from changing it.
+    if not tells_status(kind):
+        return ""
+    return f"""
+        WITH before AS (SELECT id, {STATUS} AS status FROM {TABLES[kind][0]} t
+                         WHERE id IN (SELECT id FROM json_to_recordset(CAST(:rows AS json)) AS r(id text)))
+    """  # noqa: S608  names from the tables above
+
+
+def _written(kind: type[AnyChange]) -> str:
+    if not tells_status(kind):
+        return "t.id, NULL AS old, NULL AS new"
+    return f"t.id, (SELECT b.status FROM before b WHERE b.id = t.id) AS old, {STATUS} AS new"  # noqa: S608  a constant
+
+
+def _recordset(columns: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {type_}" for name, type_ in columns.items())
+
+
+def _assign(assignments: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in assignments.items())
+
+
+WRITE = {kind: _write_statement(kind) for kind in TABLES}
+OVERWRITE = {kind: _overwrite_statement(kind) for kind in TABLES}
+NOTE_TIES = {kind: _tie_statement(kind) for kind in TABLES}
+ENTOMB = {
+    kind: text(f"""
+        UPDATE {table} t SET deleted = true, needs_refresh = false, updated_at = now()
+         WHERE id = :id AND CAST(xmin AS text) = :version
+        RETURNING id, {"t.customer, t.status" if tells_status(kind) else "NULL AS customer, NULL"} AS old
+    """)  # noqa: S608  names from the tables above
+    for kind, (table, _) in TABLES.items()
+}
+FIND_ACCOUNTS = {
+    kind: text(f"SELECT id, account FROM {table} WHERE id = ANY(:ids)")  # noqa: S608  names from the tables above
+    for kind, (table, _) in TABLES.items()
+}

@@ -1,0 +1,67 @@
+"""The terminal: what all commands share. Results go to standard output, progress and errors to standard error."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from tallystick.resources import Resources
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+T = TypeVar("T")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def fail(message: str) -> NoReturn:
+    """Say in one line what is wrong, and stop with exit code 1."""
+    err.print("[bold red]error:[/] ", end="", markup=True)
+    err.print(message, markup=False)
+    sys.exit(1)
+
+
+def with_resources(work: Callable[[Resources], Coroutine[Any, Any, T]]) -> T:
+    """Run a command's work over open resources; storage and Stripe errors end in one line."""
+    # Imported when a command runs: `--help` needs none of them, and together they take a second.
+    from tallystick import db, stripe_gateway
+    from tallystick.config import load_settings
+    from tallystick.redis_client import REDIS_ERRORS
+    from tallystick.resources import open_resources
+
+    settings = load_settings()
+
+    async def call() -> T:
+        async with open_resources(settings, application_name="tallystick cli") as resources:
+            return await work(resources)
+
+    try:
+        with only_warnings_logged():
+            return asyncio.run(call())
+    except (*db.STORAGE_ERRORS, *REDIS_ERRORS, *stripe_gateway.STRIPE_ERRORS) as error:
+        fail(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+
+
+@contextmanager
+def only_warnings_logged() -> Iterator[None]:
+    """A command's standard output is its result: of what is logged, warnings go to standard error."""
+    import structlog
+
+    before = structlog.get_config()
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    try:
+        yield
+    finally:
+        structlog.configure(**before)

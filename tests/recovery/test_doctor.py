@@ -1,0 +1,204 @@
+"""The doctor says of each part that it is good, or how to mend it."""
+
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from tallystick import db
+from tallystick.dev.embedded import EmbeddedPostgres
+from tallystick.doctor import Finding, examine
+from tallystick.resources import Resources
+from tallystick.webhooks.endpoint_setup import set_up_endpoint
+from tallystick.webhooks.recovery import recover
+from tests.conftest import Servers
+from tests.recovery.shop import Shop
+
+URL = "https://billing.example.com/webhooks/stripe"
+
+
+def environment(servers: Servers, stripe_url: str) -> dict[str, str]:
+    return {
+        "DATABASE_URL": servers.postgres.url,
+        "REDIS_URL": servers.valkey.url,
+        "STRIPE_API_KEY": "sk_test_for_tests",
+        "STRIPE_WEBHOOK_SECRET": "whsec_for_tests",
+        "STRIPE_API_BASE": stripe_url,
+    }
+
+
+@pytest.fixture
+async def healthy(
+    shop: Shop, resources: Resources, servers: Servers, fake_stripe_url: str, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Resources]:
+    """All that a service needs, but for what the tests' servers leave out on purpose: to wait for the disk."""
+    for name, value in environment(servers, fake_stripe_url).items():
+        monkeypatch.setenv(name, value)
+    await shop.stripe.client.v1.billing.meters.create_async(
+        {"display_name": "Calls", "event_name": "calls", "default_aggregation": {"formula": "sum"}}
+    )
+    await set_up_endpoint(resources, URL)
+    await recover(resources, datetime.now(UTC))
+    await resources.redis.config_set("appendfsync", "everysec")
+    yield resources
+    await resources.redis.config_set("appendfsync", "no")
+    await resources.redis.config_set("maxmemory-policy", "noeviction")
+
+
+async def findings(**options: object) -> dict[str, Finding]:
+    return {finding.part: finding for finding in await examine(**options)}  # type: ignore[arg-type]
+
+
+async def wrong() -> dict[str, str]:
+    """What is wrong, but for the disk of the tests' PostgreSQL."""
+    found = await findings()
+    return {part: one.text for part, one in found.items() if not one.good and part != "PostgreSQL's disk"}
+
+
+async def change(resources: Resources, statement: str) -> None:
+    async with db.transaction(resources.engine) as connection:
+        await connection.execute(text(statement))
+
+
+async def test_everything_that_is_good_is_said_to_be_good(healthy: Resources) -> None:
+    found = await findings()
+
+    assert [part for part, finding in found.items() if not finding.good] == ["PostgreSQL's disk"]
+    assert list(found) == [
+        "settings",
+        "rules file",
+        "PostgreSQL",
+        "schema",
+        "PostgreSQL's disk",
+        "Redis",
+        "Redis's disk",
+        "Redis's memory",
+        "Stripe",
+        "clock",
+        "webhook endpoint",
+        "meters",
+        "events",
+        "quarantine",
+    ]
+    assert found["webhook endpoint"].text == URL
+    assert found["Stripe"].text == "the key works, in test mode"
+
+
+async def test_a_durable_postgres_is_good_and_an_empty_one_wants_its_migrations(
+    healthy: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    postgres = EmbeddedPostgres(tmp_path / "postgres")
+    postgres.start()
+    try:
+        monkeypatch.setenv("DATABASE_URL", postgres.url)
+        found = await findings()
+    finally:
+        postgres.stop()
+
+    assert found["PostgreSQL's disk"].good
+    assert "tallystick migrate" in found["schema"].text
+    # What is in the tables cannot be asked yet.
+    assert "events" not in found
+
+
+async def test_settings_that_are_missing_are_named(healthy: Resources, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STRIPE_API_KEY")
+
+    [finding] = await examine()
+
+    assert (finding.part, finding.good) == ("settings", False)
+    assert "STRIPE_API_KEY is not set" in finding.text
+
+
+async def test_a_wrong_rules_file_is_named_and_hides_nothing_else(
+    healthy: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = tmp_path / "rules.toml"
+    rules.write_text("[access]\ngrace_days = -1\n")
+    monkeypatch.setenv("TALLYSTICK_RULES_FILE", str(rules))
+
+    assert list(await wrong()) == ["rules file"]
+    assert "access.grace_days" in (await wrong())["rules file"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "part", "word"),
+    [
+        ("DATABASE_URL", "postgresql://127.0.0.1:1/none", "PostgreSQL", "DATABASE_URL"),
+        ("REDIS_URL", "redis://127.0.0.1:1/0", "Redis", "REDIS_URL"),
+        ("STRIPE_API_BASE", "http://127.0.0.1:1", "Stripe", "reached"),
+        ("STRIPE_API_KEY", "wrong", "Stripe", "STRIPE_API_KEY"),
+    ],
+)
+async def test_a_part_that_is_away_is_named(
+    healthy: Resources, monkeypatch: pytest.MonkeyPatch, name: str, value: str, part: str, word: str
+) -> None:
+    monkeypatch.setenv(name, value)
+
+    found = await wrong()
+
+    assert list(found) == [part]
+    assert word in found[part]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "part"),
+    [("appendfsync", "no", "Redis's disk"), ("maxmemory-policy", "allkeys-lru", "Redis's memory")],
+)
+async def test_redis_must_keep_what_it_is_given(healthy: Resources, name: str, value: str, part: str) -> None:
+    await healthy.redis.config_set(name, value)
+
+    found = await wrong()
+
+    assert list(found) == [part]
+    assert name in found[part]
+
+
+async def test_the_endpoint_must_have_the_handled_types(healthy: Resources, shop: Shop) -> None:
+    services = shop.stripe.client.v1.webhook_endpoints
+    [endpoint] = (await services.list_async()).data
+    await services.update_async(endpoint.id, {"enabled_events": ["customer.created"]})
+    assert "event types" in (await wrong())["webhook endpoint"]
+
+    await services.delete_async(endpoint.id)
+    assert "tallystick webhooks setup" in (await wrong())["webhook endpoint"]
+
+
+async def test_a_meter_is_needed_and_must_be_one_that_can_be_used(healthy: Resources, shop: Shop) -> None:
+    services = shop.stripe.client.v1.billing.meters
+    await services.create_async(
+        {"display_name": "Seats", "event_name": "seats", "default_aggregation": {"formula": "last"}}
+    )
+    assert await wrong() == {}
+
+    [sum_meter] = [meter for meter in (await services.list_async()).data if meter.event_name == "calls"]
+    await services.deactivate_async(sum_meter.id)
+    assert "seats" in (await wrong())["meters"]
+
+
+async def test_a_clock_that_is_wrong_is_found(healthy: Resources) -> None:
+    for ahead in (timedelta(minutes=2), timedelta(minutes=-2)):
+        found = await findings(clock=lambda ahead=ahead: datetime.now(UTC) + ahead)
+        assert not found["clock"].good
+        assert "NTP" in found["clock"].text
+
+
+async def test_events_must_be_complete(healthy: Resources) -> None:
+    await change(healthy, "UPDATE event_recovery SET complete_until = now() - interval '1 day'")
+    assert "worker" in (await wrong())["events"]
+    await change(healthy, "UPDATE event_recovery SET complete_until = now(), gap_from = now(), gap_until = now()")
+    assert "tallystick sync" in (await wrong())["events"]
+    await change(healthy, "DELETE FROM event_recovery")
+    assert "tallystick recover" in (await wrong())["events"]
+
+
+async def test_events_in_quarantine_and_an_unfinished_sync_are_told(healthy: Resources) -> None:
+    await change(healthy, "UPDATE stripe_events SET verdict = 'quarantined' WHERE type = 'price.created'")
+    await change(healthy, "INSERT INTO mirror_sync (all_invoices, started_at) VALUES (false, now())")
+
+    found = await wrong()
+
+    assert list(found) == ["quarantine", "sync"]
+    assert found["quarantine"].startswith("1 event")

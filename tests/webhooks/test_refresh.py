@@ -1,0 +1,294 @@
+"""Objects that events left in doubt are fetched from Stripe, and a fetch never undoes what came meanwhile."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from tallystick.config import Settings
+from tallystick.resources import Resources, open_resources
+from tallystick.webhooks.refresh import CLAIM_FOR, refresh_mirror
+from tests.conftest import FakeStripe, open_client
+from tests.serving import serve
+from tests.webhooks.stripe_events import customer, deliver, event, invoice, item, price, read, read_access, subscription
+
+NOW = datetime.now(UTC)
+
+
+@dataclass
+class Stripe:
+    """Stripe's API, as far as retrieving goes. An object that is a number is an HTTP status."""
+
+    objects: dict[str, Any] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+    gates: dict[str, asyncio.Event] = field(default_factory=dict)
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def answer(self, request: Request) -> Response:
+        path = request.url.path.removeprefix("/v1/")
+        self.asked.append(path)
+        found = self.objects.get(path, 404)
+        self.arrived.set()
+        if path in self.gates:
+            await self.gates[path].wait()
+        if isinstance(found, int):
+            return JSONResponse({"error": {"type": "api_error", "code": "resource_missing"}}, found)
+        return JSONResponse(found)
+
+
+@pytest.fixture
+async def stripe() -> AsyncIterator[tuple[Stripe, str]]:
+    """A Stripe whose answers the test holds back and lets go."""
+    state = Stripe()
+    async with serve(Starlette(routes=[Route("/{path:path}", state.answer)])) as url:
+        yield state, url
+
+
+@pytest.fixture
+async def mirror(stripe: tuple[Stripe, str], settings: Settings, resources: Resources) -> AsyncIterator[Resources]:
+    """The same stores, with that Stripe."""
+    changed = settings.model_copy(update={"stripe_api_base": stripe[1]})
+    async with open_resources(changed, application_name="tests") as opened:
+        yield opened
+
+
+async def test_a_stub_is_filled(client: httpx.AsyncClient, mirror: Resources, stripe: tuple[Stripe, str]) -> None:
+    state, _ = stripe
+    state.objects = {
+        "customers/cus_1": customer(metadata={"tallystick_ref": "acme"}),
+        "prices/price_1": price(lookup_key="gold", active=False),
+    }
+    await deliver(client, event("customer.subscription.created", subscription()))
+
+    assert await refresh_mirror(mirror, NOW) == 2
+    assert await refresh_mirror(mirror, NOW) == 0
+
+    assert sorted(state.asked) == ["customers/cus_1", "prices/price_1"]
+    assert await read_access(client, "acme") == ("active", "subscription_active", ["price_1"])
+    assert await read(mirror, "SELECT lookup_key, active FROM prices") == [{"lookup_key": "gold", "active": False}]
+
+
+async def test_a_tie_is_settled_and_the_access_follows(
+    client: httpx.AsyncClient, mirror: Resources, stripe: tuple[Stripe, str]
+) -> None:
+    state, _ = stripe
+    state.objects = {
+        "subscriptions/sub_1": subscription(status="past_due", items=[item("si_2", "price_2")]),
+        "customers/cus_1": customer(),
+    }
+    await deliver(
+        client,
+        event("customer.subscription.updated", subscription(status="past_due"), id_="evt_1"),
+        event("customer.subscription.updated", subscription(status="active"), id_="evt_2"),
+    )
+    assert (await read_access(client))[0] == "active"
+
+    await refresh_mirror(mirror, NOW)
+
+    assert await read_access(client) == ("restricted", "past_due", [])
+    assert await read(mirror, "SELECT id FROM subscription_items WHERE NOT deleted") == [{"id": "si_2"}]
+    rows = await read(mirror, "SELECT mark_event, needs_refresh FROM subscriptions")
+    assert rows == [{"mark_event": "evt_2", "needs_refresh": False}]
+
+    # The row keeps its place in the order of events.
+    later = event("customer.subscription.updated", subscription(status="active"), at=1)
+    assert await deliver(client, later) == ["applied"]
+
+
+async def test_a_slow_fetch_does_not_undo_a_newer_event(
+    client: httpx.AsyncClient, mirror: Resources, stripe: tuple[Stripe, str]
+) -> None:
+    state, _ = stripe
+    state.objects = {"subscriptions/sub_1": subscription(status="past_due"), "customers/cus_1": customer()}
+    state.gates = {"subscriptions/sub_1": asyncio.Event()}
+    for id_ in ("evt_1", "evt_2"):
+        await deliver(client, event("customer.subscription.updated", subscription(status="past_due"), id_=id_))
+
+    refreshing = asyncio.create_task(refresh_mirror(mirror, NOW))
+    while "subscriptions/sub_1" not in state.asked:
+        state.arrived.clear()
+        await state.arrived.wait()
+    assert await deliver(client, event("customer.subscription.updated", subscription(), at=1)) == ["applied"]
+    state.gates["subscriptions/sub_1"].set()
+    await refreshing
+
+    assert (await read_access(client))[0] == "active"
+
+
+async def test_a_slow_fetch_does_not_undo_a_newer_fetch(
+    client: httpx.AsyncClient, mirror: Resources, stripe: tuple[Stripe, str]
+) -> None:
+    state, _ = stripe
+    state.objects = {"subscriptions/sub_1": subscription(status="past_due"), "customers/cus_1": customer()}
+    state.gates = {"subscriptions/sub_1": asyncio.Event()}
+    for id_ in ("evt_1", "evt_2"):
+        await deliver(client, event("customer.subscription.updated", subscription(status="past_due"), id_=id_))
+
+    slow = asyncio.create_task(refresh_mirror(mirror, NOW))
+    while "subscriptions/sub_1" not in state.asked:
+        state.arrived.clear()
+        await state.arrived.wait()
+    gate = state.gates.pop("subscriptions/sub_1")
+    state.objects["subscriptions/sub_1"] = subscription(status="active")
+    # Another worker finds the first one's claim run out. The row has changed nothing but its claim since.
+    await refresh_mirror(mirror, NOW + CLAIM_FOR)
+    assert (await read_access(client))[0] == "active"
+    gate.set()
+    await slow
+
+    assert (await read_access(client))[0] == "active"
+
+
+@pytest.mark.parametrize("gone", [404, {"id": "cus_1", "object": "customer", "deleted": True}])
+async def test_what_stripe_no_longer_has_is_deleted_for_good(
+    client: httpx.AsyncClient, mirror: Resources, stripe: tuple[Stripe, str], gone: object
+) -> None:
+    state, _ = stripe
+    state.objects = {"customers/cus_1": gone, "prices/price_1": price()}
+    await deliver(client, event("customer.subscription.created", subscription()))
+
+    await refresh_mirror(mirror, NOW)
+
+    assert await read_access(client) == ("none", "customer_deleted", [])
+    assert await deliver(client, event("customer.updated", customer(), at=9)) == ["stale"]
+
+
+async def test_an_invoice_that_is_gone_no_longer_restricts(
+    client: httpx.AsyncClient, mirror: Resources, stripe: tuple[Stripe, str]
+) -> None:
+    state, _ = stripe
+    state.objects = {"customers/cus_1": customer(), "prices/price_1": price()}
+    await deliver(client, event("customer.subscription.created", subscription()))
+    for id_ in ("evt_1", "evt_2"):
+        await deliver(client, event("invoice.payment_failed", invoice(), id_=id_))
+    assert (await read_access(client))[0] == "restricted"
+
+    await refresh_mirror(mirror, NOW)
+
+    assert (await read_access(client))[0] == "active"
+
+
+async def test_a_final_status_that_was_fetched_is_final(
+    client: httpx.AsyncClient, mirror: Resources, stripe: tuple[Stripe, str]
+) -> None:
+    state, _ = stripe
+    state.objects = {"subscriptions/sub_1": subscription(status="canceled"), "customers/cus_1": customer()}
+    for id_ in ("evt_1", "evt_2"):
+        await deliver(client, event("customer.subscription.updated", subscription(), id_=id_))
+
+    await refresh_mirror(mirror, NOW)
+
+    assert await deliver(client, event("customer.subscription.updated", subscription(), at=9)) == ["stale"]
+    assert await read_access(client) == ("none", "ended", [])
+
+
+async def test_items_that_an_event_did_not_show_are_listed(
+    client: httpx.AsyncClient, mirror: Resources, stripe: tuple[Stripe, str]
+) -> None:
+    state, _ = stripe
+    all_items = [item(f"si_{n:02}", f"price_{n:02}") for n in range(12)]
+    shown = {"object": "list", "data": all_items[:10], "has_more": True}
+    state.objects = {
+        "subscriptions/sub_1": subscription() | {"items": shown},
+        "subscription_items": {"object": "list", "data": all_items, "has_more": False},
+        "customers/cus_1": customer(),
+    }
+    await deliver(client, event("customer.subscription.created", subscription(items=all_items)))
+    await deliver(client, event("customer.subscription.updated", subscription() | {"items": shown}, at=1))
+    assert len((await read_access(client))[2]) == 12
+
+    del all_items[0]
+    await refresh_mirror(mirror, NOW)
+
+    assert (await read_access(client))[2] == [f"price_{n:02}" for n in range(1, 12)]
+    assert await read(mirror, "SELECT needs_refresh FROM subscriptions") == [{"needs_refresh": False}]
+
+
+async def test_a_row_that_cannot_be_fetched_stops_no_other_and_is_tried_again_a_minute_later(
+    client: httpx.AsyncClient, mirror: Resources, stripe: tuple[Stripe, str]
+) -> None:
+    state, _ = stripe
+    state.objects = {
+        "customers/cus_1": 500,
+        "customers/cus_2": customer("cus_2"),
+        "customers/cus_3": {"object": "customer"},
+    }
+    for number in (1, 2, 3):
+        await client.put(f"/v1/customers/name_{number}", json={"customer": f"cus_{number}"})
+
+    assert await refresh_mirror(mirror, NOW) == 1
+    assert await refresh_mirror(mirror, NOW + CLAIM_FOR - timedelta(seconds=1)) == 0
+    assert sorted(state.asked) == ["customers/cus_1", "customers/cus_2", "customers/cus_3"]
+
+    state.objects["customers/cus_1"] = customer()
+    assert await refresh_mirror(mirror, NOW + CLAIM_FOR) == 1
+    rows = await read(mirror, "SELECT id FROM customers WHERE needs_refresh")
+    assert rows == [{"id": "cus_3"}]
+
+
+async def test_two_workers_do_not_fetch_the_same_rows(
+    client: httpx.AsyncClient, mirror: Resources, stripe: tuple[Stripe, str]
+) -> None:
+    state, _ = stripe
+    for number in range(6):
+        state.objects[f"customers/cus_{number}"] = customer(f"cus_{number}")
+        await client.put(f"/v1/customers/name_{number}", json={"customer": f"cus_{number}"})
+
+    refreshed = await asyncio.gather(refresh_mirror(mirror, NOW), refresh_mirror(mirror, NOW))
+
+    assert sum(refreshed) == 6
+    assert len(state.asked) == 6
+
+
+async def test_the_mirror_follows_the_fake_stripe(
+    app: FastAPI, api_key: str, resources: Resources, fake_stripe: FakeStripe, settings: Settings
+) -> None:
+    """The whole way: the SDK makes objects, webhooks tell of them over HTTP, and what was left in doubt is fetched."""
+    async with AsyncExitStack() as stack:
+        url = await stack.enter_async_context(serve(app))
+        client = await stack.enter_async_context(open_client(app, api_key))
+        stripe = fake_stripe.client.v1
+        product = await stripe.products.create_async({"name": "Things"})
+        priced = await stripe.prices.create_async(
+            {"product": product.id, "currency": "usd", "unit_amount": 500, "recurring": {"interval": "month"}}
+        )
+        # The endpoint comes late: the product and the price are known only from what links to them.
+        secret = settings.stripe_webhook_secret[0].get_secret_value()
+        endpoint = {"url": f"{url}/webhooks/stripe", "secret": secret, "enabled_events": ["*"]}
+        (await fake_stripe.control.post("/_fake/webhook_endpoints", json=endpoint)).raise_for_status()
+        created = await stripe.customers.create_async(
+            {
+                "metadata": {"tallystick_ref": "acme"},
+                "payment_method": "pm_card_visa",
+                "invoice_settings": {"default_payment_method": "pm_card_visa"},
+            }
+        )
+        bought = await stripe.subscriptions.create_async({"customer": created.id, "items": [{"price": priced.id}]})
+        await settle(fake_stripe)
+        assert await read_access(client, "acme") == ("active", "subscription_active", [priced.id])
+
+        await refresh_mirror(resources, datetime.now(UTC))
+        assert await read(resources, "SELECT id, product, needs_refresh FROM prices") == [
+            {"id": priced.id, "product": product.id, "needs_refresh": False}
+        ]
+
+        await stripe.subscriptions.cancel_async(bought.id)
+        await settle(fake_stripe)
+        assert await read_access(client, "acme") == ("none", "ended", [])
+        verdicts = await read(resources, "SELECT DISTINCT verdict FROM stripe_events ORDER BY 1")
+        assert "quarantined" not in {row["verdict"] for row in verdicts}
+
+
+async def settle(fake_stripe: FakeStripe) -> None:
+    """Return once every webhook has been answered with 2xx."""
+    (await fake_stripe.control.post("/_fake/settle", json={"timeout_seconds": 10})).raise_for_status()

@@ -1,0 +1,205 @@
+"""PostgreSQL fails in every way that it can: the answer is 500, nothing is half written, and the repeat succeeds."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tallystick import db
+from tallystick.resources import Resources
+from tallystick.webhooks import inbox
+from tests.conftest import Servers
+from tests.webhooks.stripe_events import customer, event, post, read, read_access, subscription
+
+OTHERS = "FROM pg_stat_activity WHERE application_name = 'tallystick api' AND pid <> pg_backend_pid()"
+
+
+@pytest.fixture(autouse=True)
+def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same limits as in production, only shorter: nobody wants to wait for seconds here."""
+    monkeypatch.setattr(db, "LOCK_TIMEOUT_MS", 300)
+    monkeypatch.setattr(inbox, "COMMIT_WITHIN_SECONDS", 0.6)
+    monkeypatch.setattr(inbox, "ANSWER_WITHIN_SECONDS", 0.9)
+
+
+async def assert_refused_then_applied(
+    client: httpx.AsyncClient,
+    resources: Resources,
+    broken: Callable[[], Awaitable[object]],
+    mended: Callable[[], object],
+) -> None:
+    sent = event("customer.subscription.created", subscription())
+    await broken()
+    try:
+        answer = await post(client, sent)
+    finally:
+        result = mended()
+        if isinstance(result, Awaitable):
+            await result
+    assert answer.status_code == 500, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["type"] == "urn:tallystick:problem:storage-failed"
+    for table in ("stripe_events", "customers", "subscriptions", "subscription_items", "customer_access"):
+        assert await read(resources, f"SELECT * FROM {table}") == [], table  # noqa: S608
+
+    repeat = await post(client, sent)
+    assert (repeat.status_code, repeat.json()) == (200, {"verdict": "applied"})
+    assert (await read_access(client))[0] == "active"
+
+
+async def test_postgresql_is_stopped(client: httpx.AsyncClient, resources: Resources, servers: Servers) -> None:
+    assert (await post(client, event("charge.succeeded", {"id": "ch_1"}))).status_code == 200
+    async with db.transaction(resources.engine) as connection:
+        await connection.execute(text("DELETE FROM stripe_events"))
+
+    await assert_refused_then_applied(
+        client, resources, lambda: asyncio.to_thread(servers.postgres.stop), servers.postgres.start
+    )
+
+
+async def test_postgresql_is_read_only(client: httpx.AsyncClient, resources: Resources) -> None:
+    async def set_read_only(value: str) -> None:
+        async with resources.engine.connect() as connection:
+            await connection.execute(text("SET default_transaction_read_only = off"))
+            await connection.commit()
+            await connection.execute(text(f"ALTER DATABASE tallystick SET default_transaction_read_only = {value}"))
+            await connection.execute(text(f"SELECT pg_terminate_backend(pid) {OTHERS}"))
+            await connection.commit()
+
+    await assert_refused_then_applied(client, resources, lambda: set_read_only("on"), lambda: set_read_only("off"))
+
+
+async def test_a_row_is_locked_by_somebody_else(client: httpx.AsyncClient, resources: Resources) -> None:
+    async with resources.engine.connect() as other:
+
+        async def lock() -> None:
+            # An insert that is not committed yet: whoever inserts the same customer has to wait for it.
+            await other.execute(text("INSERT INTO customers (id) VALUES ('cus_1')"))
+
+        await assert_refused_then_applied(client, resources, lock, other.rollback)
+
+
+async def test_the_connection_is_cut_in_the_middle(client: httpx.AsyncClient, resources: Resources) -> None:
+    sent = event("customer.subscription.created", subscription())
+    async with blocked(resources) as other:
+        waiting = asyncio.create_task(post(client, sent))
+        await wait_for_blocked(resources)
+        await other.execute(text(f"SELECT pg_terminate_backend(pid) {OTHERS} AND wait_event_type = 'Lock'"))
+        answer = await waiting
+
+    assert answer.status_code == 500
+    assert await read(resources, "SELECT id FROM stripe_events UNION SELECT id FROM subscriptions") == []
+    assert (await post(client, sent)).json() == {"verdict": "applied"}
+
+
+async def test_an_idle_connection_that_was_cut_is_replaced(client: httpx.AsyncClient, resources: Resources) -> None:
+    assert (await post(client, event("customer.created", customer()))).status_code == 200
+    async with db.transaction(resources.engine) as connection:
+        await connection.execute(text(f"SELECT pg_terminate_backend(pid) {OTHERS}"))
+
+    assert (await post(client, event("customer.updated", customer(), at=1))).json() == {"verdict": "applied"}
+
+
+async def test_postgresql_hangs(client: httpx.AsyncClient, resources: Resources) -> None:
+    """Neither dead nor alive: the processes are stopped, the connections stay open."""
+    assert (await post(client, event("charge.succeeded", {"id": "ch_1"}))).status_code == 200
+    pids = [row["pid"] for row in await read(resources, f"SELECT pid {OTHERS}")]
+    async with db.transaction(resources.engine) as connection:
+        await connection.execute(text("DELETE FROM stripe_events"))
+
+    def send(number: signal.Signals) -> None:
+        for pid in pids:
+            os.kill(pid, number)
+
+    async def hang() -> None:
+        send(signal.SIGSTOP)
+
+    await assert_refused_then_applied(client, resources, hang, lambda: send(signal.SIGCONT))
+
+
+async def test_callers_that_go_away_lose_nothing_and_break_nothing(
+    client: httpx.AsyncClient, resources: Resources
+) -> None:
+    sent = [event("customer.subscription.created", subscription(), at=at) for at in range(inbox.BATCHES_AT_ONCE + 1)]
+    for one in sent:
+        async with blocked(resources) as other:
+            waiting = asyncio.create_task(post(client, one))
+            await wait_for_blocked(resources)
+            waiting.cancel()
+            await asyncio.wait([waiting])
+            await other.rollback()
+        # The repeat waits for the first copy's commit, and is recognised.
+        assert (await post(client, one)).json() == {"verdict": "duplicate"}
+
+    assert (await read_access(client))[0] == "active"
+
+
+async def test_a_caller_that_gave_up_waiting_finds_its_event_committed(
+    client: httpx.AsyncClient, resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox, "ANSWER_WITHIN_SECONDS", 0.1)
+    sent = event("customer.subscription.created", subscription())
+    async with blocked(resources) as other:
+        answer = await post(client, sent)
+        await other.rollback()
+    assert answer.status_code == 500
+
+    monkeypatch.setattr(inbox, "ANSWER_WITHIN_SECONDS", 5)
+    assert (await post(client, sent)).json() == {"verdict": "duplicate"}
+
+
+async def test_too_many_waiting_events_are_refused(
+    client: httpx.AsyncClient, resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox, "MAX_WAITING", 3)
+    sent = [event("customer.subscription.created", subscription()) for _ in range(10)]
+    async with blocked(resources) as other:
+        answers = [asyncio.create_task(post(client, one)) for one in sent]
+        await asyncio.wait(answers, return_when=asyncio.FIRST_COMPLETED)
+        await other.rollback()
+    statuses = [answer.status_code for answer in await asyncio.gather(*answers)]
+
+    assert 200 in statuses
+    assert 500 in statuses
+    assert {(await post(client, one)).status_code for one in sent} == {200}
+    assert len(await read(resources, "SELECT id FROM stripe_events")) == len(sent)
+
+
+async def test_what_was_taken_is_committed_before_the_stop(
+    app: FastAPI, client: httpx.AsyncClient, resources: Resources
+) -> None:
+    async with blocked(resources) as other:
+        taken = asyncio.create_task(post(client, event("customer.subscription.created", subscription())))
+        await wait_for_blocked(resources)
+        stopping = asyncio.create_task(app.state.inbox.stop())
+        await asyncio.sleep(0)
+        refused = await post(client, event("customer.created", customer()))
+        await other.rollback()
+        await stopping
+
+    assert (await taken).json() == {"verdict": "applied"}
+    assert refused.status_code == 500
+
+
+@asynccontextmanager
+async def blocked(resources: Resources) -> AsyncIterator[AsyncConnection]:
+    """While this is open, and until a rollback, whoever touches the customer cus_1 waits."""
+    async with resources.engine.connect() as connection:
+        touch = "INSERT INTO customers (id) VALUES ('cus_1') ON CONFLICT (id) DO UPDATE SET updated_at = now()"
+        await connection.execute(text(touch))
+        yield connection
+
+
+async def wait_for_blocked(resources: Resources) -> None:
+    """Return when some statement of the application waits for a lock."""
+    async with resources.engine.connect() as watching:
+        while not await watching.scalar(text(f"SELECT count(*) {OTHERS} AND wait_event_type = 'Lock'")):
+            await watching.rollback()  # the view is frozen within a transaction
+            await asyncio.sleep(0.005)
