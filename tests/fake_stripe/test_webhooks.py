@@ -107,6 +107,14 @@ def test_endpoints_by_the_api(fake: Fake, receiver: Receiver) -> None:
     assert endpoints.list().data == []
 
 
+def test_a_new_subscription_is_told_of_with_its_first_invoice(fake: Fake, receiver: Receiver) -> None:
+    fake.listen(receiver)
+    subscription = fake.subscribe(fake.customer(), fake.price(amount="900"))
+    receiver.wait_for("customer.subscription.created", "invoice.paid")
+    (told,) = receiver.events("customer.subscription.created")
+    assert told["data"]["object"]["latest_invoice"] == subscription.latest_invoice
+
+
 def test_endpoint_of_an_older_version_gets_the_older_shape(fake: Fake, receiver: Receiver) -> None:
     fake.listen(receiver, api_version="2024-06-20")
     subscription = fake.subscribe(fake.customer(), fake.price(amount="900"))

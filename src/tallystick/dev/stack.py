@@ -29,6 +29,7 @@ from tallystick.errors import TallystickError
 from tallystick.resources import open_resources
 from tallystick.stripe_gateway import API_VERSION
 from tallystick.usage.partitions import keep_partitions
+from tallystick.webhooks.translate import HANDLED_TYPES
 
 HOST = "127.0.0.1"
 FAKE_STRIPE_PORT = 12111
@@ -268,7 +269,7 @@ async def _start_fake_stripe(stack: Stack, parts: AsyncExitStack, port: int) -> 
             json={
                 "url": f"{stack.api_url}/webhooks/stripe",
                 "secret": secret,
-                "enabled_events": ["*"],
+                "enabled_events": list(HANDLED_TYPES),
                 "api_version": API_VERSION,
             },
         )

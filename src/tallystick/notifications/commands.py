@@ -34,6 +34,9 @@ def list_(
     if json_:
         out.print_json(json.dumps(found, default=_instant))
         return
+    if not found:
+        out.print("There are none.")
+        return
     table = Table(
         "id", "type", "customer", "endpoint", "state", "tries", "last try", "made", "next", box=None, pad_edge=False
     )

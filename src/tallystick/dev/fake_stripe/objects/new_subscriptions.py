@@ -181,10 +181,11 @@ def _bill_first(account: Account, subscription: Object, params: Object) -> None:
     if not trial and not charged:
         subscription["status"] = "active"
     account.state.put(subscription)
-    emit(account, "customer.subscription.created", subscription)
     invoice = lifecycle.invoice_subscription(account, subscription, lines, "subscription_create")
     subscription["latest_invoice"] = invoice["id"]
     account.state.put(subscription)
+    # Told of after its invoice, whose id is in it: nothing else would tell of that.
+    emit(account, "customer.subscription.created", subscription)
     invoicing.finalize(account, invoice, auto_advance=not (charged and behavior == "default_incomplete"))
     entitlements.recompute(account, subscription["customer"])
     lifecycle.plan(account, subscription)
