@@ -15,12 +15,29 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from tallystick import db
 from tallystick.config import Settings
 from tallystick.resources import Resources, open_resources
+from tallystick.rules import AccessRules
+from tallystick.webhooks.inbox import record_events
 from tallystick.webhooks.refresh import CLAIM_FOR, refresh_mirror
 from tests.conftest import FakeStripe, open_client
 from tests.serving import serve
-from tests.webhooks.stripe_events import customer, deliver, event, invoice, item, price, read, read_access, subscription
+from tests.webhooks.stripe_events import (
+    customer,
+    deliver,
+    entitlement_summary,
+    event,
+    invoice,
+    item,
+    meter,
+    payment_method,
+    price,
+    read,
+    read_access,
+    subscription,
+    verified,
+)
 
 NOW = datetime.now(UTC)
 
@@ -31,12 +48,16 @@ class Stripe:
 
     objects: dict[str, Any] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
+    accounts: dict[str, str | None] = field(default_factory=dict)
     gates: dict[str, asyncio.Event] = field(default_factory=dict)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def answer(self, request: Request) -> Response:
         path = request.url.path.removeprefix("/v1/")
         self.asked.append(path)
+        self.accounts[path] = request.headers.get("stripe-account")
+        if "starting_after" in request.query_params:
+            path = f"{path}?after={request.query_params['starting_after']}"
         found = self.objects.get(path, 404)
         self.arrived.set()
         if path in self.gates:
@@ -212,6 +233,104 @@ async def test_items_that_an_event_did_not_show_are_listed(
 
     assert (await read_access(client))[2] == [f"price_{n:02}" for n in range(1, 12)]
     assert await read(mirror, "SELECT needs_refresh FROM subscriptions") == [{"needs_refresh": False}]
+
+
+async def test_entitlements_that_a_summary_did_not_show_are_listed_to_the_last_page(
+    client: httpx.AsyncClient, mirror: Resources, stripe: tuple[Stripe, str]
+) -> None:
+    state, _ = stripe
+    keys = [f"key_{number:02}" for number in range(13)]
+    pages = [entitlement_summary(part)["entitlements"] for part in (keys[:8], keys[8:])]
+    state.objects = {
+        "entitlements/active_entitlements": pages[0] | {"has_more": True},
+        "entitlements/active_entitlements?after=ent_key_07": pages[1],
+        "customers/cus_1": customer(),
+    }
+    updated = "entitlements.active_entitlement_summary.updated"
+    await deliver(client, event(updated, entitlement_summary(["key_00", "gone"])))
+    await deliver(client, event(updated, entitlement_summary(keys[:10], has_more=True), at=1))
+
+    await refresh_mirror(mirror, NOW)
+
+    query = "SELECT lookup_key FROM active_entitlements WHERE NOT deleted ORDER BY 1"
+    assert [row["lookup_key"] for row in await read(mirror, query)] == keys
+    assert await read(mirror, "SELECT needs_refresh FROM entitlement_summaries") == [{"needs_refresh": False}]
+
+
+async def test_a_slow_list_of_entitlements_does_not_undo_a_newer_summary(
+    client: httpx.AsyncClient, mirror: Resources, stripe: tuple[Stripe, str]
+) -> None:
+    state, _ = stripe
+    listed, updated = "entitlements/active_entitlements", "entitlements.active_entitlement_summary.updated"
+    state.objects = {listed: entitlement_summary(["old"])["entitlements"], "customers/cus_1": customer()}
+    state.gates = {listed: asyncio.Event()}
+    await deliver(client, event(updated, entitlement_summary(["old"], has_more=True)))
+
+    refreshing = asyncio.create_task(refresh_mirror(mirror, NOW))
+    while listed not in state.asked:
+        state.arrived.clear()
+        await state.arrived.wait()
+    await deliver(client, event(updated, entitlement_summary(["new"]), at=1))
+    state.gates[listed].set()
+    await refreshing
+
+    query = "SELECT lookup_key FROM active_entitlements WHERE NOT deleted"
+    assert await read(mirror, query) == [{"lookup_key": "new"}]
+
+
+async def test_a_customer_that_is_gone_is_entitled_to_nothing(
+    client: httpx.AsyncClient, resources: Resources, fake_stripe: FakeStripe
+) -> None:
+    updated = "entitlements.active_entitlement_summary.updated"
+    await deliver(client, event(updated, entitlement_summary(["gold"], "cus_unknown", has_more=True)))
+
+    await refresh_mirror(resources, NOW)
+
+    assert await read(resources, "SELECT lookup_key FROM active_entitlements WHERE NOT deleted") == []
+
+
+async def test_ties_of_every_kind_are_settled(
+    client: httpx.AsyncClient, mirror: Resources, stripe: tuple[Stripe, str]
+) -> None:
+    state, _ = stripe
+    state.objects = {
+        "payment_methods/pm_1": payment_method(type="us_bank_account"),
+        "billing/meters/mtr_1": meter(status="inactive"),
+        "products/prod_1": {"id": "prod_1", "object": "product", "active": False},
+    }
+    for _ in range(2):
+        await deliver(
+            client,
+            event("payment_method.updated", payment_method()),
+            event("billing.meter.updated", meter()),
+            event("product.updated", {"id": "prod_1", "object": "product", "active": True}),
+        )
+
+    assert await refresh_mirror(mirror, NOW) == 3
+
+    assert await read(mirror, "SELECT type FROM payment_methods") == [{"type": "us_bank_account"}]
+    assert await read(mirror, "SELECT status FROM meters") == [{"status": "inactive"}]
+    assert await read(mirror, "SELECT active FROM products") == [{"active": False}]
+
+
+async def test_a_connected_accounts_objects_are_asked_of_that_account(
+    client: httpx.AsyncClient, mirror: Resources, stripe: tuple[Stripe, str]
+) -> None:
+    state, _ = stripe
+    state.objects = {"customers/cus_1": customer(), "customers/cus_2": customer("cus_2"), "prices/price_1": price()}
+    await client.put("/v1/customers/acme", json={"customer": "cus_2"})
+    theirs = verified(mirror, event("customer.subscription.created", subscription(), account="acct_1"))
+    async with db.transaction(mirror.engine) as connection:
+        await record_events(connection, [theirs], "tallystick_ref", AccessRules(), NOW)
+
+    assert await refresh_mirror(mirror, NOW) == 3
+
+    assert state.accounts == {"customers/cus_1": "acct_1", "prices/price_1": "acct_1", "customers/cus_2": None}
+    accounts = await read(mirror, "SELECT id, account, needs_refresh FROM customers ORDER BY id")
+    assert accounts == [
+        {"id": "cus_1", "account": "acct_1", "needs_refresh": False},
+        {"id": "cus_2", "account": "", "needs_refresh": False},
+    ]
 
 
 async def test_a_row_that_cannot_be_fetched_stops_no_other_and_is_tried_again_a_minute_later(
