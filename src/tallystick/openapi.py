@@ -139,7 +139,7 @@ _WEBHOOK: dict[str, Any] = {
                         "required": ["verdict"],
                         "properties": {
                             "verdict": {
-                                "enum": ["applied", "stale", "duplicate", "ignored", "quarantined"],
+                                "enum": ["applied", "stale", "duplicate", "ignored", "quarantined", "not_served"],
                             }
                         },
                     }

@@ -1,28 +1,22 @@
 """Objects that events left in doubt are fetched from Stripe, and a fetch never undoes what came meanwhile."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from tallystick import db
 from tallystick.config import Settings
-from tallystick.resources import Resources, open_resources
+from tallystick.resources import Resources
 from tallystick.rules import AccessRules
 from tallystick.webhooks.inbox import record_events
 from tallystick.webhooks.refresh import CLAIM_FOR, refresh_mirror
 from tests.conftest import FakeStripe, open_client
 from tests.serving import serve
+from tests.webhooks.held_stripe import Stripe
 from tests.webhooks.stripe_events import (
     customer,
     deliver,
@@ -40,47 +34,6 @@ from tests.webhooks.stripe_events import (
 )
 
 NOW = datetime.now(UTC)
-
-
-@dataclass
-class Stripe:
-    """Stripe's API, as far as retrieving goes. An object that is a number is an HTTP status."""
-
-    objects: dict[str, Any] = field(default_factory=dict)
-    asked: list[str] = field(default_factory=list)
-    accounts: dict[str, str | None] = field(default_factory=dict)
-    gates: dict[str, asyncio.Event] = field(default_factory=dict)
-    arrived: asyncio.Event = field(default_factory=asyncio.Event)
-
-    async def answer(self, request: Request) -> Response:
-        path = request.url.path.removeprefix("/v1/")
-        self.asked.append(path)
-        self.accounts[path] = request.headers.get("stripe-account")
-        if "starting_after" in request.query_params:
-            path = f"{path}?after={request.query_params['starting_after']}"
-        found = self.objects.get(path, 404)
-        self.arrived.set()
-        if path in self.gates:
-            await self.gates[path].wait()
-        if isinstance(found, int):
-            return JSONResponse({"error": {"type": "api_error", "code": "resource_missing"}}, found)
-        return JSONResponse(found)
-
-
-@pytest.fixture
-async def stripe() -> AsyncIterator[tuple[Stripe, str]]:
-    """A Stripe whose answers the test holds back and lets go."""
-    state = Stripe()
-    async with serve(Starlette(routes=[Route("/{path:path}", state.answer)])) as url:
-        yield state, url
-
-
-@pytest.fixture
-async def mirror(stripe: tuple[Stripe, str], settings: Settings, resources: Resources) -> AsyncIterator[Resources]:
-    """The same stores, with that Stripe."""
-    changed = settings.model_copy(update={"stripe_api_base": stripe[1]})
-    async with open_resources(changed, application_name="tests") as opened:
-        yield opened
 
 
 async def test_a_stub_is_filled(client: httpx.AsyncClient, mirror: Resources, stripe: tuple[Stripe, str]) -> None:

@@ -1,24 +1,29 @@
 """PostgreSQL fails in every way that it can: the answer is 500, nothing is half written, and the repeat succeeds."""
 
 import asyncio
-import os
-import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import httpx
 import pytest
 from fastapi import FastAPI
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from tallystick import db
 from tallystick.resources import Resources
 from tallystick.webhooks import inbox
 from tests.conftest import Servers
+from tests.webhooks.own_postgres import connect_all, freeze, own_postgres, thaw
 from tests.webhooks.stripe_events import customer, event, post, read, read_access, subscription
 
 OTHERS = "FROM pg_stat_activity WHERE application_name = 'tallystick api' AND pid <> pg_backend_pid()"
+
+
+@pytest.fixture(scope="module")
+def servers(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    with own_postgres(tmp_path_factory.mktemp("own")) as postgres:
+        yield Servers(postgres, servers.valkey)
 
 
 @pytest.fixture(autouse=True)
@@ -54,14 +59,77 @@ async def assert_refused_then_applied(
     assert (await read_access(client))[0] == "active"
 
 
-async def test_postgresql_is_stopped(client: httpx.AsyncClient, resources: Resources, servers: Servers) -> None:
-    assert (await post(client, event("charge.succeeded", {"id": "ch_1"}))).status_code == 200
-    async with db.transaction(resources.engine) as connection:
-        await connection.execute(text("DELETE FROM stripe_events"))
+@pytest.mark.parametrize("how", ["stop", "kill"])
+async def test_postgresql_is_stopped_or_crashes(
+    app: FastAPI, client: httpx.AsyncClient, resources: Resources, servers: Servers, how: str
+) -> None:
+    await connect_all(app)
+    down = servers.postgres.stop if how == "stop" else servers.postgres.kill
 
-    await assert_refused_then_applied(
-        client, resources, lambda: asyncio.to_thread(servers.postgres.stop), servers.postgres.start
-    )
+    async def start() -> None:
+        await asyncio.to_thread(servers.postgres.start)
+
+    await assert_refused_then_applied(client, resources, lambda: asyncio.to_thread(down), start)
+
+
+async def test_postgresql_crashes_in_the_middle_of_a_transaction(
+    client: httpx.AsyncClient, resources: Resources, servers: Servers
+) -> None:
+    sent = event("customer.subscription.created", subscription())
+    async with resources.engine.connect() as other:
+        await other.execute(text("INSERT INTO customers (id) VALUES ('cus_1')"))
+        waiting = asyncio.create_task(post(client, sent))
+        await wait_for_blocked(resources)
+        await asyncio.to_thread(servers.postgres.kill)
+        answer = await waiting
+        await other.invalidate()
+    await asyncio.to_thread(servers.postgres.start)
+
+    assert answer.status_code == 500
+    assert await read(resources, "SELECT id FROM stripe_events UNION SELECT id FROM customers") == []
+    assert (await post(client, sent)).json() == {"verdict": "applied"}
+
+
+async def test_postgresql_is_frozen(
+    app: FastAPI, client: httpx.AsyncClient, resources: Resources, servers: Servers
+) -> None:
+    """Neither dead nor alive: connections stay open, new ones are taken by the system, and nobody answers."""
+    await connect_all(app)
+    frozen: list[int] = []
+
+    async def freeze_all() -> None:
+        frozen.extend(freeze(servers.postgres))
+
+    await assert_refused_then_applied(client, resources, freeze_all, lambda: thaw(frozen))
+
+
+async def test_postgresql_is_a_standby_that_is_promoted(
+    app: FastAPI, client: httpx.AsyncClient, resources: Resources, servers: Servers
+) -> None:
+    """As after a failover whose new primary is not there yet: it answers, and takes no writes."""
+    await connect_all(app)
+
+    async def become_standby() -> None:
+        await asyncio.to_thread(servers.postgres.stop)
+        (servers.postgres.data_dir / "standby.signal").touch()
+        await asyncio.to_thread(servers.postgres.start)
+
+    async def promote() -> None:
+        async with resources.engine.connect() as connection:
+            assert await connection.scalar(text("SELECT pg_promote()"))
+
+    await assert_refused_then_applied(client, resources, become_standby, promote)
+
+
+async def test_all_connections_are_in_use(app: FastAPI, client: httpx.AsyncClient, resources: Resources) -> None:
+    engine: AsyncEngine = app.state.resources.engine
+    async with AsyncExitStack() as held:
+
+        async def hold_all() -> None:
+            for _ in range(resources.settings.database_pool_size):
+                await held.enter_async_context(engine.connect())
+
+        await assert_refused_then_applied(client, resources, hold_all, held.aclose)
 
 
 async def test_postgresql_is_read_only(client: httpx.AsyncClient, resources: Resources) -> None:
@@ -105,23 +173,6 @@ async def test_an_idle_connection_that_was_cut_is_replaced(client: httpx.AsyncCl
         await connection.execute(text(f"SELECT pg_terminate_backend(pid) {OTHERS}"))
 
     assert (await post(client, event("customer.updated", customer(), at=1))).json() == {"verdict": "applied"}
-
-
-async def test_postgresql_hangs(client: httpx.AsyncClient, resources: Resources) -> None:
-    """Neither dead nor alive: the processes are stopped, the connections stay open."""
-    assert (await post(client, event("charge.succeeded", {"id": "ch_1"}))).status_code == 200
-    pids = [row["pid"] for row in await read(resources, f"SELECT pid {OTHERS}")]
-    async with db.transaction(resources.engine) as connection:
-        await connection.execute(text("DELETE FROM stripe_events"))
-
-    def send(number: signal.Signals) -> None:
-        for pid in pids:
-            os.kill(pid, number)
-
-    async def hang() -> None:
-        send(signal.SIGSTOP)
-
-    await assert_refused_then_applied(client, resources, hang, lambda: send(signal.SIGCONT))
 
 
 async def test_callers_that_go_away_lose_nothing_and_break_nothing(
