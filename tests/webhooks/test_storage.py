@@ -195,7 +195,8 @@ async def test_callers_that_go_away_lose_nothing_and_break_nothing(
 async def test_a_caller_that_gave_up_waiting_finds_its_event_committed(
     client: httpx.AsyncClient, resources: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inbox, "ANSWER_WITHIN_SECONDS", 0.1)
+    monkeypatch.setattr(inbox, "ANSWER_WITHIN_SECONDS", 0.05)
+    monkeypatch.setattr(inbox, "COMMIT_WITHIN_SECONDS", 5)
     sent = event("customer.subscription.created", subscription())
     async with blocked(resources) as other:
         answer = await post(client, sent)
@@ -203,7 +204,11 @@ async def test_a_caller_that_gave_up_waiting_finds_its_event_committed(
     assert answer.status_code == 500
 
     monkeypatch.setattr(inbox, "ANSWER_WITHIN_SECONDS", 5)
-    assert (await post(client, sent)).json() == {"verdict": "duplicate"}
+    monkeypatch.setattr(inbox, "COMMIT_WITHIN_SECONDS", 5)
+    again = await post(client, sent)
+    while again.status_code == 500:  # its first commit may still be under way; Stripe would send again too
+        again = await post(client, sent)
+    assert again.json() == {"verdict": "duplicate"}
 
 
 async def test_too_many_waiting_events_are_refused(
