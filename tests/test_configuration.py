@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tallystick.config import load_settings, setting_names
+from tallystick.config import Settings, load_settings
 from tallystick.errors import SettingsError
 from tallystick.rules import REREAD_EVERY, AccessRules, Rules, RulesFile, load_rules
 
@@ -16,6 +16,11 @@ REQUIRED = {
     "STRIPE_API_KEY": "sk_test_123",
     "STRIPE_WEBHOOK_SECRET": "whsec_one_secret",
 }
+
+
+def setting_names() -> dict[str, str]:
+    """Environment variable → attribute, for every setting."""
+    return {str(field.validation_alias): name for name, field in Settings.model_fields.items()}
 
 
 def set_environment(monkeypatch: pytest.MonkeyPatch, **changed: str | None) -> None:

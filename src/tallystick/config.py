@@ -133,11 +133,6 @@ def _split(value: object) -> object:
     return value
 
 
-def setting_names() -> dict[str, str]:
-    """Environment variable → attribute, for every setting."""
-    return {str(field.validation_alias): name for name, field in Settings.model_fields.items()}
-
-
 def load_settings() -> Settings:
     """Read the environment. Raises `SettingsError` whose one line names every variable that is missing or wrong."""
     try:
