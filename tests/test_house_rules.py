@@ -87,7 +87,7 @@ def test_no_transaction_is_open_while_the_network_is_waited_for(module: Path) ->
 
 # What a table may hold beside ids, statuses, flags and times (invariant I6): the quantities that the product reported,
 # the two strings of a meter event, and the ids, statuses and times that a notification tells.
-JSON_COLUMNS = {("usage_deliveries", "payload"), ("notifications", "data")}
+JSON_COLUMNS = {("usage_deliveries", "payload"), ("usage_events", "properties"), ("notifications", "data")}
 NUMERIC_TYPES = ("numeric", "double precision", "real", "money")
 NUMERIC_COLUMNS = {
     *(("usage_totals", column) for column in ("quantity", "sealed")),
@@ -95,6 +95,10 @@ NUMERIC_COLUMNS = {
     ("usage_conflicts", "value"),
     ("usage_deliveries", "value"),
     ("usage_retired", "quantity"),
+    ("usage_group_totals", "quantity"),
+    *(("usage_drifts", column) for column in ("ours", "stripes")),
+    *(("usage_corrections", column) for column in ("value", "delta")),
+    *(("usage_thresholds", column) for column in ("threshold", "quantity")),
     ("rate_limits", "tokens"),
 }
 

@@ -48,7 +48,7 @@ async def measure_queues(resources: Resources, now: datetime) -> int:
                 text("""
                     SELECT count(*), count(*) FILTER (WHERE NOT EXISTS (
                                SELECT FROM customer_references r WHERE r.ref = t.customer_ref))
-                      FROM usage_totals t WHERE quantity <> sealed
+                      FROM usage_totals t WHERE events <> sealed_events
                 """)
             )
         ).one()

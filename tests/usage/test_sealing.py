@@ -206,7 +206,7 @@ def test_the_parts_of_a_split_value_add_up_exactly(picos: int) -> None:
         parts = split_value(value)
         assert sum(parts) == value
     written = [plain(part).replace(".", "").lstrip("-").lstrip("0") for part in parts]
-    assert all(0 < len(digits) <= MAX_DIGITS for digits in written)
+    assert parts == [0] or all(0 < len(digits) <= MAX_DIGITS for digits in written)
 
 
 def test_a_delivery_carries_the_start_of_its_bucket_or_what_stripe_still_takes() -> None:

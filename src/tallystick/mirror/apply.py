@@ -31,6 +31,7 @@ from tallystick.mirror.changes import (
 from tallystick.mirror.marks import NEVER
 from tallystick.mirror.statements import (
     ADD_BOUNDARIES,
+    ADD_PERIODS,
     DELETE_OTHER_ENTITLEMENTS,
     DELETE_OTHER_ITEMS,
     ENTOMB,
@@ -302,6 +303,22 @@ async def _add_boundaries(connection: AsyncConnection, changes: Iterable[AnyChan
     if boundaries:
         rows = [{"customer": customer, "at": at} for customer, at in sorted(boundaries)]
         await connection.execute(ADD_BOUNDARIES, {"rows": _dump(rows)})
+    if periods := _periods_of(changes):
+        await connection.execute(ADD_PERIODS, {"rows": _dump(periods)})
+
+
+def _periods_of(changes: Iterable[AnyChange]) -> list[dict[str, Any]]:
+    """The period of each item, of late and stale events too: usage may still be on its way to that period's invoice."""
+    ends: dict[tuple[str, str, datetime, str, str], datetime] = {}
+    subscriptions = [change for change in changes if isinstance(change, SubscriptionChange)]
+    for change in subscriptions:
+        for item in change.items:
+            start, end = item.current_period_start, item.current_period_end
+            if item.price is not None and start is not None and end is not None and start < end:
+                key = (item.id, item.price, start, change.id, change.customer)
+                ends[key] = max(end, ends.get(key, end))
+    names = ("item", "price", "period_start", "subscription", "customer")
+    return [dict(zip(names, key, strict=True)) | {"period_end": end} for key, end in ends.items()]
 
 
 def _boundaries_of(change: AnyChange) -> Iterable[tuple[str, datetime | None]]:

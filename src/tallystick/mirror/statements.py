@@ -142,6 +142,18 @@ ADD_BOUNDARIES = text("""
     ON CONFLICT DO NOTHING
 """)
 
+# The furthest end that was told: in whatever order events come, the same row. An anchor that moves begins a new period,
+# and that one's start ends this one (see the view `metered_periods`).
+ADD_PERIODS = text("""
+    INSERT INTO billing_periods AS t (item, price, period_start, period_end, subscription, customer)
+    SELECT * FROM json_to_recordset(CAST(:rows AS json))
+               AS r(item text, price text, period_start timestamptz, period_end timestamptz, subscription text,
+                    customer text)
+     ORDER BY item, price, period_start
+    ON CONFLICT (item, price, period_start) DO UPDATE SET period_end = greatest(t.period_end, excluded.period_end)
+     WHERE t.period_end < excluded.period_end
+""")
+
 MERGE_PAYMENT_FAILURES = text("""
     UPDATE invoices t SET updated_at = now(),
            payment_failed_at = greatest(t.payment_failed_at, w.payment_failed_at),

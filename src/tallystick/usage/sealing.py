@@ -42,10 +42,10 @@ STRIPE_MAX_AGE = timedelta(days=35)
 # A total without a linked customer or without a meter stays open. One whose customer has no subscription waits a
 # while for it: the subscription's start may cut the bucket, and without one there is no invoice to be in time for.
 SELECT_DUE = """
-    SELECT t.id, t.customer_ref, t.meter, t.bucket_start, t.bucket_end, t.quantity - t.sealed AS unsealed, t.seal,
-    r.customer
+    SELECT t.id, t.customer_ref, t.meter, t.bucket_start, t.bucket_end, t.quantity - t.sealed AS unsealed,
+           t.events - t.sealed_events AS unsealed_events, t.seal, r.customer
       FROM usage_totals t JOIN customer_references r ON r.ref = t.customer_ref
-     WHERE t.quantity <> t.sealed AND t.meter = ANY(:meters) AND ({due})
+     WHERE t.events <> t.sealed_events AND t.meter = ANY(:meters) AND ({due})
      ORDER BY t.customer_ref, t.meter, t.bucket_start
      LIMIT :limit
        FOR UPDATE OF t {locked}
@@ -96,17 +96,19 @@ MOVE_EVENTS = text("""
 
 INSERT_DELIVERIES = text("""
     INSERT INTO usage_deliveries
-           (total_id, seal, customer, event_name, identifier, payload, value, timestamp, state, reason, next_attempt_at)
-    SELECT total_id, seal, customer, event_name, identifier, payload, value, timestamp, state, reason, :now
+           (total_id, opened_seal, seal, events, customer, event_name, identifier, payload, value, timestamp, state,
+            reason, next_attempt_at)
+    SELECT total_id, opened_seal, seal, events, customer, event_name, identifier, payload, value, timestamp, state,
+           reason, :now
       FROM json_to_recordset(CAST(:rows AS json))
-        AS r(total_id bigint, seal integer, customer text, event_name text, identifier text, payload jsonb, value
-        numeric,
-             timestamp bigint, state text, reason text)
+        AS r(total_id bigint, opened_seal integer, seal integer, events bigint, customer text, event_name text,
+             identifier text, payload jsonb, value numeric, timestamp bigint, state text, reason text)
 """)
 
 # The totals are locked, so their quantity is still the one that was read.
 CLOSE_SEALS = text("""
-    UPDATE usage_totals t SET sealed = t.quantity, seal = r.next_seal, sealed_at = :now
+    UPDATE usage_totals t
+       SET sealed = t.quantity, sealed_events = t.events, seal = r.next_seal, sealed_at = :now
       FROM json_to_recordset(CAST(:rows AS json)) AS r(id bigint, next_seal integer)
      WHERE t.id = r.id
 """)
@@ -122,6 +124,7 @@ class Total:
     bucket_start: datetime
     bucket_end: datetime
     unsealed: Decimal
+    unsealed_events: int
     seal: int
     customer: str
 
@@ -245,7 +248,9 @@ def _delivery(
     too_old = timestamp < now - STRIPE_MAX_AGE
     return {
         "total_id": total.id,
+        "opened_seal": total.seal,
         "seal": seal,
+        "events": total.unsealed_events if seal == total.seal else 0,
         "customer": total.customer,
         "event_name": meter.event_name,
         "identifier": make_identifier(installation, total, seal),
@@ -280,7 +285,7 @@ def split_value(value: Decimal) -> list[Decimal]:
     """Cut a quantity into parts that Stripe takes, of at most 15 digits each as written, with the same exact sum.
 
     Whole parts are cut off by the largest that fits, so there are never more parts than events of which they are the
-    sum.
+    sum. A sum of 0 is one part: its events are told like any others.
     """
     parts: list[Decimal] = []
     with localcontext(prec=MAX_SUM_DIGITS):  # the default context would round at 28
@@ -294,4 +299,4 @@ def split_value(value: Decimal) -> list[Decimal]:
             rest -= rest.to_integral_value(ROUND_DOWN)
         if rest:
             parts.append(sign * rest)
-    return parts
+    return parts or [Decimal(0)]
