@@ -1,14 +1,16 @@
 """PostgreSQL: the engine with its time limits, the migrations, and what counts as 'storage failed'."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, text
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy import Connection, NullPool, event, text
+from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -24,19 +26,21 @@ STATEMENT_TIMEOUT_MS = 5_000
 COMMAND_TIMEOUT_SECONDS = 7
 IDLE_IN_TRANSACTION_TIMEOUT_MS = 30_000
 
+# A network that drops connections without a word, as firewalls do with idle ones, takes longer than this.
+TRUSTED_FOR_SECONDS = 30
+# A migration may make an index over the whole ledger.
+MIGRATION_TIMEOUT_SECONDS = 3_600
+
 MIGRATION_LOCK = 0x7A11  # any number, the same for every process that migrates this database
 
 
 def create_engine(settings: Settings, *, application_name: str) -> AsyncEngine:
     """A pool of connections with every time limit set. Nothing is connected yet."""
-    return create_async_engine(
+    engine = create_async_engine(
         settings.database_url,
         pool_size=settings.database_pool_size,
         max_overflow=0,
         pool_timeout=POOL_TIMEOUT_SECONDS,
-        # A connection cut while it was idle is replaced before it is used; a round trip is cheaper than a failed
-        # webhook.
-        pool_pre_ping=True,
         pool_use_lifo=True,
         # Errors are logged; what was sent with a statement (references, ids) is nobody's business there.
         hide_parameters=True,
@@ -55,6 +59,34 @@ def create_engine(settings: Settings, *, application_name: str) -> AsyncEngine:
             },
         },
     )
+    _replace_cut_connections(engine)
+    return engine
+
+
+def _replace_cut_connections(engine: AsyncEngine) -> None:
+    """A connection that was cut while it was idle is replaced before it is used, so that no request fails by it.
+
+    The driver knows of the cut without asking. SQLAlchemy's `pool_pre_ping` would ask each time, at the price of three
+    round trips for each transaction; here only a connection that has been idle for long is asked.
+    """
+
+    @event.listens_for(engine.sync_engine, "checkin")
+    def note_return(_: Any, record: Any) -> None:
+        record.info["returned_at"] = time.monotonic()
+
+    @event.listens_for(engine.sync_engine, "checkout")
+    def refuse_cut(connection: Any, record: Any, _: Any) -> None:
+        idle = time.monotonic() - record.info.get("returned_at", time.monotonic())
+        cut = connection.driver_connection.is_closed()
+        if cut or (idle > TRUSTED_FOR_SECONDS and not _answers(engine, connection)):
+            raise DisconnectionError  # the pool makes a new one
+
+
+def _answers(engine: AsyncEngine, connection: Any) -> bool:
+    try:
+        return engine.dialect.do_ping(connection)
+    except (engine.dialect.loaded_dbapi.Error, OSError, TimeoutError):
+        return False
 
 
 # SQLSTATE classes that say nothing against the statement itself: connection, resources, operator intervention, I/O,
@@ -100,9 +132,14 @@ def _alembic(connection: Connection | None = None) -> Config:
 
 async def migrate(engine: AsyncEngine) -> None:
     """Bring the schema up to date. Safe for several processes at once: the second waits, then finds nothing to do."""
-    async with transaction(engine) as connection:
+    # A connection of its own, without the limits that are meant for requests.
+    patient = create_async_engine(
+        engine.url, poolclass=NullPool, connect_args={"timeout": CONNECT_TIMEOUT_SECONDS}, hide_parameters=True
+    )
+    async with transaction(patient) as connection:
         await connection.execute(text("SET LOCAL lock_timeout = '60s'"))
-        await connection.execute(text("SET LOCAL statement_timeout = '60s'"))
+        await connection.execute(text(f"SET LOCAL statement_timeout = '{MIGRATION_TIMEOUT_SECONDS}s'"))
+        await connection.execute(text("SET LOCAL timezone = 'UTC'"))
         await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
         await connection.run_sync(lambda sync: command.upgrade(_alembic(sync), "head"))
 
