@@ -1,6 +1,14 @@
-"""The yardstick of the HTTP benchmarks: a route that only reads the body, served as tallystick is."""
+"""What the flows are compared with, served as tallystick is: routes that do next to nothing.
+
+GET  /nothing                       a no-op
+POST /v1/usage                      read the body, say how long it was
+POST /v1/billing/meter_events       take a meter event as Stripe does, and count it: a Stripe without limits
+GET  /taken                         how many identifiers were taken, and the sum of their values
+"""
 
 import sys
+from decimal import Decimal
+from urllib.parse import parse_qs
 
 import uvicorn
 from starlette.applications import Starlette
@@ -8,15 +16,62 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+NOTHING = b'{"nothing":true}'
+
+
+async def answer(request: Request) -> Response:
+    """Answer without looking."""
+    return Response(NOTHING, media_type="application/json")
+
 
 async def read(request: Request) -> Response:
     """Read the body and say how long it was."""
     return JSONResponse({"bytes": len(await request.body())}, status_code=202)
 
 
+async def take_meter_event(request: Request) -> Response:
+    """Keep an identifier and its value (https://docs.stripe.com/api/billing/meter-event/create); 400 for a repeat."""
+    form = {name: values[0] for name, values in parse_qs((await request.body()).decode()).items()}
+    identifier, customer = form["identifier"], form["payload[stripe_customer_id]"]
+    taken: dict[str, tuple[str, Decimal]] = request.app.state.taken
+    if identifier in taken:
+        request.app.state.repeats += 1
+        message = f"An event already exists with identifier {identifier}."
+        return JSONResponse({"error": {"type": "invalid_request_error", "message": message}}, 400)
+    taken[identifier] = customer, Decimal(form["payload[value]"])
+    return JSONResponse(
+        {
+            "object": "billing.meter_event",
+            "created": int(form["timestamp"]),
+            "event_name": form["event_name"],
+            "identifier": identifier,
+            "livemode": False,
+            "payload": {"value": form["payload[value]"], "stripe_customer_id": customer},
+            "timestamp": int(form["timestamp"]),
+        }
+    )
+
+
+async def count_taken(request: Request) -> Response:
+    """What was taken so far of the customers whose ids begin with `?customer=`, and the repeats of all."""
+    taken: dict[str, tuple[str, Decimal]] = request.app.state.taken
+    values = [value for of, value in taken.values() if of.startswith(request.query_params["customer"])]
+    repeats = request.app.state.repeats
+    return JSONResponse({"identifiers": len(values), "sum": str(sum(values, Decimal(0))), "repeats": repeats})
+
+
 def main() -> None:
     """Serve on the port of the first argument."""
-    app = Starlette(routes=[Route("/v1/usage", read, methods=["POST"])])
+    app = Starlette(
+        routes=[
+            Route("/nothing", answer),
+            Route("/v1/usage", read, methods=["POST"]),
+            Route("/v1/billing/meter_events", take_meter_event, methods=["POST"]),
+            Route("/taken", count_taken),
+        ]
+    )
+    app.state.taken = {}
+    app.state.repeats = 0
     uvicorn.run(app, port=int(sys.argv[1]), loop="uvloop", http="httptools", log_config=None, access_log=False)
 
 

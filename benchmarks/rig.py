@@ -1,0 +1,151 @@
+"""What a benchmark runs on: a stack of its own with data on disk, a bare server to compare with, and the counters."""
+
+import os
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from time import perf_counter
+
+from rich.console import Console
+from rich.progress import Progress
+from sqlalchemy import TextClause, text
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from benchmarks.processes import cpu_of, peak_bytes, shared_out_bytes
+from benchmarks.report import CheckFailed, Side
+from tallystick import db
+from tallystick.auth import SCOPES, create_key
+from tallystick.dev.stack import Stack, claim_port, open_stack
+from tallystick.resources import Resources, open_resources
+from tallystick.usage.conservation import count_conservation
+from tallystick.usage.drain import drain
+
+METER = "benchmark_calls"
+BARE = "bare server"
+
+COUNT_EVENTS = text("SELECT count(*), coalesce(sum(value), 0) FROM usage_events WHERE source = :source")
+COUNT_TOTALS = text("""
+    SELECT coalesce(sum(events), 0)::bigint, coalesce(sum(quantity), 0) FROM usage_totals
+     WHERE starts_with(customer_ref, :source)
+""")
+
+
+@dataclass(frozen=True)
+class Rig:
+    """A running stack without its worker, and how much to measure on it.
+
+    `patient`: PostgreSQL without the service's time limits, to fill tables and to count. `rounds` of about `seconds`
+    each. `sizes`: how much data, where a benchmark grows or needs an amount.
+    """
+
+    stack: Stack
+    resources: Resources
+    patient: AsyncEngine
+    bars: Progress
+    bare_port: int
+    rounds: int
+    seconds: float
+    sizes: tuple[int, ...]
+
+    @property
+    def api_port(self) -> int:
+        return int(self.stack.environment["TALLYSTICK_PORT"])
+
+    @property
+    def processes(self) -> dict[str, int]:
+        """The root of each process tree that takes part; this one puts the load."""
+        assert self.stack.postgres is not None
+        assert self.stack.valkey is not None
+        servers = {"PostgreSQL": self.stack.postgres.pid, "Valkey": self.stack.valkey.pid}
+        ours = {name: process.pid for name, process in self.stack.processes.items() if process.returncode is None}
+        return {name: pid for name, pid in (ours | servers).items() if pid is not None}
+
+    @asynccontextmanager
+    async def measured(self, side: Side) -> AsyncIterator[None]:
+        """Add the time and the processor time of what happens meanwhile to a side."""
+        before, started = self._cpu(), perf_counter()
+        yield
+        side.seconds += perf_counter() - started
+        for name, used in self._cpu().items():
+            side.cpu[name] = side.cpu.get(name, 0) + used - before.get(name, used)
+
+    def _cpu(self) -> dict[str, float]:
+        return cpu_of(self.processes) | {"this process": sum(os.times()[:4])}
+
+    def memory(self) -> dict[str, int]:
+        """Peak resident bytes of each process; of PostgreSQL, which is many, what they have now together."""
+        return {
+            name: shared_out_bytes(pid) if name == "PostgreSQL" else peak_bytes(pid)
+            for name, pid in self.processes.items()
+        }
+
+    async def make_headers(self, source: str) -> dict[str, str]:
+        """The headers of a caller whose usage belongs to `source`."""
+        async with db.transaction(self.resources.engine) as connection:
+            key = await create_key(connection, name=source, source=source, scopes=list(SCOPES))
+        return {"Authorization": f"Bearer {key}"}
+
+    async def make_meter(self) -> None:
+        """Make the meter at the fake Stripe, where the service asks for it."""
+        listed = await self.resources.stripe.v1.billing.meters.list_async({"limit": 100})
+        if METER not in {meter.event_name for meter in listed.data}:
+            await self.resources.stripe.v1.billing.meters.create_async(
+                {"display_name": METER, "event_name": METER, "default_aggregation": {"formula": "sum"}}
+            )
+
+    async def drain(self) -> None:
+        """Move what waits in Valkey into the ledger, here and now."""
+        await drain(self.resources, datetime.now(UTC), reclaim_after=timedelta(0))
+
+    async def fill(self, statement: TextClause, **parameters: object) -> None:
+        """Run a statement that may take minutes, in a transaction of its own."""
+        async with db.transaction(self.patient) as connection:
+            await connection.execute(statement, parameters)
+
+    async def check_usage(self, source: str, events: int, quantity: Decimal) -> str:
+        """Raise `CheckFailed` unless the ledger and the totals hold exactly these events of a source, once each."""
+        await self.drain()
+        async with db.transaction(self.patient) as connection:
+            recorded = tuple((await connection.execute(COUNT_EVENTS, {"source": source})).one())
+            added = tuple((await connection.execute(COUNT_TOTALS, {"source": source})).one())
+            difference = (await count_conservation(connection)).difference
+        if recorded != (events, quantity) or added != (events, quantity) or difference:
+            raise CheckFailed(
+                f"accepted: {events} events, {quantity}; in the ledger: {recorded[0]}, {recorded[1]};"
+                f" in the totals: {added[0]}, {added[1]}; unaccounted for: {difference}"
+            )
+        return f"{events:,} events, each in the ledger and in its total once"
+
+
+@asynccontextmanager
+async def open_rig(
+    console: Console, bars: Progress, *, rounds: int, seconds: float, sizes: tuple[int, ...]
+) -> AsyncIterator[Rig]:
+    """Start everything in a temporary folder, with fsync as in production, and stop and delete it at the end."""
+    with tempfile.TemporaryDirectory(prefix="tallystick-benchmark-") as folder:
+        ports = {"api": 0, "fake-stripe": 0}
+        async with (
+            open_stack(Path(folder), ports=ports, console=console, embedded_only=True) as stack,
+            open_resources(stack.settings(), application_name="benchmarks") as resources,
+        ):
+            # A drain beside what is measured would be measured too; those that want the worker start it again.
+            await stack.stop_process("worker")
+            patient = create_async_engine(stack.settings().database_url)
+            rig = Rig(stack, resources, patient, bars, await _start_bare(stack), rounds, seconds, sizes)
+            await rig.make_meter()
+            try:
+                yield rig
+            finally:
+                await patient.dispose()
+
+
+async def _start_bare(stack: Stack) -> int:
+    port = claim_port(0, BARE)
+    await stack.start_command(BARE, sys.executable, str(Path(__file__).with_name("bare.py")), str(port))
+    await stack.wait_for(BARE, f"http://127.0.0.1:{port}/nothing")
+    return port
