@@ -1,12 +1,12 @@
+import asyncio
 from datetime import datetime
 
 import httpx
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import TextClause
 
 from tallystick import db
-from tallystick.access.routes import FIND_ACCESS, FIND_ACCESS_OF_ALL
+from tallystick.access.routes import FIND_ACCESS_OF_ALL
 from tallystick.auth import create_key
 from tallystick.resources import Resources
 from tests.conftest import open_client
@@ -150,8 +150,21 @@ async def test_each_route_asks_for_its_scope(app: FastAPI, resources: Resources,
             assert (await without_key.request(method, path, json=body)).status_code == 401
 
 
-@pytest.mark.parametrize("statement", [FIND_ACCESS, FIND_ACCESS_OF_ALL], ids=["one", "many"])
-async def test_access_is_read_by_indexes(resources: Resources, statement: TextClause) -> None:
+async def test_those_who_ask_at_once_get_each_their_own_answer(client: httpx.AsyncClient) -> None:
+    names = [f"c{number}" for number in range(30)]
+    created = [event("customer.created", customer(f"cus_{name}", metadata={"tallystick_ref": name})) for name in names]
+    await deliver(client, *created)
+    asked = [*names, "nobody", *names]
+
+    answers = await asyncio.gather(*(client.get(f"/v1/customers/{name}/access") for name in asked))
+
+    assert [answer.json().get("customer") for answer in answers] == [
+        None if name == "nobody" else f"cus_{name}" for name in asked
+    ]
+    assert answers[len(names)].status_code == 404
+
+
+async def test_access_is_read_by_indexes(resources: Resources) -> None:
     async with db.transaction(resources.engine) as connection:
         for rows in (
             "INSERT INTO customers (id, ref) SELECT 'cus_' || n, 'ref_' || n FROM generate_series(1, 10000) n",
@@ -166,8 +179,8 @@ async def test_access_is_read_by_indexes(resources: Resources, statement: TextCl
         )
         # The plan that a prepared statement ends up with: made without knowing the names asked for.
         await connection.exec_driver_sql("SET LOCAL plan_cache_mode = force_generic_plan")
-        query = statement.text.replace(":refs", "$1").replace(":ref", "$1")
-        names = "'{ref_77,cus_77,link_cus_77,checkout_cus_77}'" if statement is FIND_ACCESS_OF_ALL else "'ref_77'"
+        query = FIND_ACCESS_OF_ALL.text.replace(":refs", "$1")
+        names = "'{ref_77,cus_77,link_cus_77,checkout_cus_77}'"
         await connection.exec_driver_sql(f"PREPARE asked AS {query}")
         plan = "\n".join([line for (line,) in await connection.exec_driver_sql(f"EXPLAIN EXECUTE asked ({names})")])
         found = (await connection.exec_driver_sql(f"EXECUTE asked ({names})")).all()

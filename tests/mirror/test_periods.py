@@ -67,7 +67,7 @@ async def test_a_period_ends_with_its_subscription(client: httpx.AsyncClient, re
 async def test_only_an_invoice_at_a_periods_end_bills_metered_usage(
     client: httpx.AsyncClient, resources: Resources
 ) -> None:
-    period = {"period_start": NOON, "period_end": NOON + MONTH}
+    period: dict[str, Any] = {"period_start": NOON, "period_end": NOON + MONTH}
     await deliver(
         client,
         *cycles(0),

@@ -55,6 +55,10 @@ async def assert_refused_then_applied(
         assert await read(resources, f"SELECT * FROM {table}") == [], table  # noqa: S608
 
     repeat = await post(client, sent)
+    for _ in range(5):
+        if repeat.status_code != 500:
+            break
+        repeat = await post(client, sent)  # as Stripe does; what has just started may be slower than the short limits
     assert (repeat.status_code, repeat.json()) == (200, {"verdict": "applied"})
     assert (await read_access(client))[0] == "active"
 

@@ -1,34 +1,48 @@
 """What a customer may use now, and what changed about it: asked for by the product's own reference."""
 
+import asyncio
 import hashlib
+import re
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tallystick import db
 from tallystick.access.timeline import READ_LINES, Cause, What
-from tallystick.auth import bearer, require_scope
+from tallystick.auth import authenticate, bearer, require_scope
 from tallystick.errors import UnknownCustomer
 from tallystick.resources import Resources
 from tallystick.rules import Access
 
-router = APIRouter(dependencies=[bearer], tags=["customers"])
+
+@asynccontextmanager
+async def _open_reader(app: FastAPI) -> AsyncIterator[None]:
+    app.state.access = AccessReader(app.state.resources.engine)
+    yield
+
+
+router = APIRouter(dependencies=[bearer], tags=["customers"], lifespan=_open_reader)
 
 MAX_CUSTOMERS = 100
 MAX_LINES = 100
 LATEST = 2**63 - 1
 
 # No control characters: PostgreSQL refuses NUL, and nobody means the others.
+CONTROL = r"[\x00-\x1f\x7f]"
 PLAIN_TEXT = r"^[^\x00-\x1f\x7f]+$"
+MAX_REFERENCE = 100
 Reference = Annotated[
     str,
     Path(
         min_length=1,
-        max_length=100,
+        max_length=MAX_REFERENCE,
         pattern=PLAIN_TEXT,
         description="The product's own reference, or a `cus_…` id.",
         examples=["acme"],
@@ -46,11 +60,6 @@ ANSWER = """
            WHERE e.customer = a.customer AND NOT e.deleted AND e.lookup_key IS NOT NULL
            ORDER BY e.lookup_key) AS entitlements
 """
-
-FIND_ACCESS = text(f"""
-    SELECT {ANSWER} FROM all_customer_references r JOIN customer_access a ON a.customer = r.customer
-     WHERE r.ref = :ref
-""")  # noqa: S608  a constant
 
 # LIMIT keeps the planner from reading all references at once: each is looked up by itself, by the indexes.
 FIND_ACCESS_OF_ALL = text(f"""
@@ -123,19 +132,60 @@ class Timeline(BaseModel):
     next_before: int | None = Field(description="Ask with this `before` for older lines; null: there are none.")
 
 
-@router.get(
-    "/v1/customers/{ref}/access",
-    dependencies=[Depends(require_scope("access:read"))],
-    responses={304: {"description": "It is still what the ETag says"}, **UNKNOWN_CUSTOMER},
-    response_model=CustomerAccess,
-)
+class AccessReader:
+    """Reads access with one statement at a time: those who ask while it is on its way share the next one.
+
+    A read costs some round trips to PostgreSQL, whether it is for one customer or for a hundred. Whoever asks gets what
+    was committed before, since the statement that answers begins later.
+    """
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._one_at_a_time = asyncio.Lock()
+        self._asked: set[str] = set()
+        self._next: asyncio.Task[dict[str, Row[Any]]] | None = None
+
+    async def read(self, ref: str) -> Row[Any] | None:
+        """The customer's row, or None for an unknown name. Raises what PostgreSQL raises."""
+        if self._next is None or len(self._asked) >= MAX_CUSTOMERS:
+            self._asked = set()
+            self._next = asyncio.create_task(self._read(self._asked), name="access")
+        self._asked.add(ref)
+        found = await asyncio.shield(self._next)  # others wait for it as well
+        return found.get(ref)
+
+    async def _read(self, asked: set[str]) -> dict[str, Row[Any]]:
+        async with self._one_at_a_time:
+            if self._asked is asked:
+                self._next = None  # from here on it is too late for this one
+            async with db.transaction(self._engine) as connection:
+                return {row.ref: row for row in await connection.execute(FIND_ACCESS_OF_ALL, {"refs": list(asked)})}
+
+
+class AccessRoute(APIRoute):
+    """A route that is documented like the others and costs half of them: its one parameter is checked by hand."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Call the endpoint; for a name that cannot be one, FastAPI finds the words."""
+        explain = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            ref = request.path_params["ref"]
+            if not 1 <= len(ref) <= MAX_REFERENCE or re.search(CONTROL, ref):
+                return await explain(request)
+            await authenticate(request, "access:read")
+            return await get_access(request, ref)
+
+        return handle
+
+
 async def get_access(request: Request, ref: Reference) -> Response:
     """Whether a customer may use the product, from one indexed read. Needs the scope `access:read`.
 
     The answer has a strong `ETag`; with it in `If-None-Match` the answer is 304 while nothing has changed (RFC 9110).
     """
-    async with db.transaction(_engine(request)) as connection:
-        row = (await connection.execute(FIND_ACCESS, {"ref": ref})).first()
+    reader: AccessReader = request.app.state.access
+    row = await reader.read(ref)
     if row is None:
         raise UnknownCustomer(ref)
     body = _access_of(ref, row).model_dump_json()
@@ -145,6 +195,17 @@ async def get_access(request: Request, ref: Reference) -> Response:
     if _is_known(etag, request.headers.getlist("if-none-match")):
         return Response(status_code=304, headers=headers)
     return Response(body, headers=headers, media_type="application/json")
+
+
+router.add_api_route(
+    "/v1/customers/{ref}/access",
+    get_access,
+    methods=["GET"],
+    dependencies=[Depends(require_scope("access:read"))],
+    responses={304: {"description": "It is still what the ETag says"}, **UNKNOWN_CUSTOMER},
+    response_model=CustomerAccess,
+    route_class_override=AccessRoute,
+)
 
 
 @router.post("/v1/access", dependencies=[Depends(require_scope("access:read"))])

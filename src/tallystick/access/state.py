@@ -1,7 +1,7 @@
 """The customers' access: one row each, decided anew in the transaction that changed the mirror."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -73,20 +73,23 @@ async def recompute_access(
     now: datetime,
     *,
     cause: Cause = "refresh",
+    other_lines: Sequence[Line] = (),
 ) -> set[str]:
     """Decide the access of customers from the mirror and write what changed; returns the customers that it changed for.
 
     `decided_by` maps each customer to the id of the event that may have changed it, or None where it was no event but
     `cause`. When it is only that grace has run out, the event that began it goes on being the one that decided. The
     caller has locked the customers' rows: otherwise the last of two transactions that each see only their own half of
-    the mirror would write an access that the whole does not justify.
+    the mirror would write an access that the whole does not justify. `other_lines` go into the timeline before those
+    about access.
     """
     if not decided_by:
         return set()
     customers = sorted(decided_by)
     known, decisions = await _decide(connection, customers, rules, now)
     current = fingerprint(rules)
-    rows, lines, changed = [], [], set()
+    rows, changed = [], set()
+    lines = list(other_lines)
     for customer in customers:
         before, decision = known.get(customer), decisions[customer]
         if before is not None and (before.decision, before.rules) == (decision, current):

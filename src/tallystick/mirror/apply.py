@@ -33,7 +33,6 @@ from tallystick.mirror.statements import (
     ADD_BOUNDARIES,
     ADD_PERIODS,
     DELETE_OTHER_ENTITLEMENTS,
-    DELETE_OTHER_ITEMS,
     ENTOMB,
     FIND_ACCOUNTS,
     FIND_PRICES,
@@ -272,11 +271,10 @@ async def _write_items(connection: AsyncConnection, written: Sequence[Subscripti
         for change in written
         for item in change.items
     }
-    if items:
-        await connection.execute(WRITE_ITEMS, {"rows": _dump(items.values())})
     complete = sorted(change.id for change in written if change.complete)
-    if complete:
-        await connection.execute(DELETE_OTHER_ITEMS, {"subscriptions": complete, "listed": sorted(items)})
+    if items or complete:
+        parameters = {"rows": _dump(items.values()), "complete": complete, "listed": sorted(items)}
+        await connection.execute(WRITE_ITEMS, parameters)
 
 
 async def _merge_payment_failures(connection: AsyncConnection, invoices: Iterable[AnyChange]) -> set[str]:

@@ -106,7 +106,12 @@ LOCK_CUSTOMERS = text("""
 
 FIND_PRICES = text("SELECT id FROM prices WHERE id = ANY(:ids)")
 
+# Writes what is listed, and takes away what else the subscriptions with a complete list had.
 WRITE_ITEMS = text("""
+    WITH gone AS (
+        UPDATE subscription_items SET deleted = true, updated_at = now()
+         WHERE subscription = ANY(:complete) AND NOT deleted AND NOT id = ANY(:listed)
+    )
     INSERT INTO subscription_items AS t (id, subscription, price, current_period_start, current_period_end)
     SELECT * FROM json_to_recordset(CAST(:rows AS json))
                AS r(id text, subscription text, price text, current_period_start timestamptz,
@@ -115,11 +120,6 @@ WRITE_ITEMS = text("""
     ON CONFLICT (id) DO UPDATE SET
         subscription = excluded.subscription, price = excluded.price, deleted = false, updated_at = now(),
         current_period_start = excluded.current_period_start, current_period_end = excluded.current_period_end
-""")
-
-DELETE_OTHER_ITEMS = text("""
-    UPDATE subscription_items SET deleted = true, updated_at = now()
-     WHERE subscription = ANY(:subscriptions) AND NOT deleted AND NOT id = ANY(:listed)
 """)
 
 WRITE_ENTITLEMENTS = text("""

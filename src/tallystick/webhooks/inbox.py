@@ -28,7 +28,7 @@ from starlette.responses import JSONResponse, Response
 
 from tallystick import db
 from tallystick.access.state import recompute_access
-from tallystick.access.timeline import lines_of, write_timeline
+from tallystick.access.timeline import lines_of
 from tallystick.bodies import read_body
 from tallystick.errors import Problem, StorageFailed
 from tallystick.metrics import WEBHOOK_BATCH_SIZE, WEBHOOK_EVENTS, WEBHOOK_REFUSED, WEBHOOK_SECONDS
@@ -50,8 +50,11 @@ MAX_BODY_BYTES = 1024 * 1024
 
 # More in one transaction would make the first of them wait longer without making the rest much cheaper.
 BATCH_SIZE = 64
-# While one batch waits for its commit, the next is on its way; a third would mostly wait for the same locks.
-BATCHES_AT_ONCE = 2
+# A batch costs some twenty round trips to PostgreSQL, however many events it has. What comes while one is committed
+# goes together in the next.
+BATCHES_AT_ONCE = 1
+# Lets those whom the last batch answered come along in the next one, too.
+GATHER_SECONDS = 0.002
 # Some seconds of work. Whoever comes later is better served by Stripe's own retry than by a timeout.
 MAX_WAITING = 2_000
 
@@ -140,8 +143,7 @@ async def record_events(
     changes = [change for event in new if (change := translations[event.id].change) is not None]
     applied = await apply_changes(connection, changes)
     await request_seals(connection, _drafts(new, translations))
-    await write_timeline(connection, lines_of(applied, changes), now)
-    await recompute_access(connection, applied.customers, rules, now)
+    await recompute_access(connection, applied.customers, rules, now, other_lines=lines_of(applied, changes))
     verdicts = {event.id: _verdict(translations[event.id], written=event.id in applied.events) for event in new}
     if applied.foreign:
         verdicts |= dict.fromkeys(applied.foreign, "quarantined")
@@ -248,6 +250,7 @@ class Inbox:
         while batch := await self._take():
             WEBHOOK_BATCH_SIZE.observe(len(batch))
             await self._settle(batch)
+            await asyncio.sleep(GATHER_SECONDS)
 
     async def _take(self) -> list[tuple[StripeEvent, asyncio.Future[Verdict]]]:
         async with self._arrived:
