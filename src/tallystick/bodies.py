@@ -2,7 +2,9 @@
 
 import zlib
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tallystick.errors import InvalidRequest, TooLarge, Unsupported
 
@@ -28,6 +30,36 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
             raise _too_large(limit_bytes)
         chunks.append(chunk)
     return b"".join(chunks)
+
+
+# These read their bodies with `read_body`, and have limits of their own.
+OWN_LIMIT = "/v1/usage"
+OWN_LIMITS_BELOW = "/webhooks/"
+
+
+class LimitedBodies:
+    """The application, with a limit on the bodies that FastAPI would read however large they are."""
+
+    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
+        self.app = app
+        self.limit_bytes = limit_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] == OWN_LIMIT or scope["path"].startswith(OWN_LIMITS_BELOW):
+            await self.app(scope, receive, send)
+            return
+        size = 0
+
+        async def receive_within_limit() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.limit_bytes:
+                # The one kind of error that FastAPI lets through while it reads a body.
+                raise HTTPException(413, f"The body may have at most {self.limit_bytes} bytes.")
+            return message
+
+        await self.app(scope, receive_within_limit, send)
 
 
 async def read_decoded_body(request: Request, limit_bytes: int) -> bytes:

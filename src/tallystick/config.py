@@ -4,15 +4,25 @@
 names the variable, so that the start stops with one line instead of a traceback.
 """
 
+import re
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from tallystick.errors import SettingsError
+
+# As browsers write an origin: lower case, the host as ASCII, no path. Nothing that could stand for many.
+ORIGIN = re.compile(r"https?://(?:[a-z0-9-]+(?:\.[a-z0-9-]+)*|\[[0-9a-f:]+\])(?::[1-9][0-9]{0,4})?")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+# No symmetric one is among them: whoever had a public key could sign with it as if it were a shared secret.
+JwtAlgorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
+# RFC 7518, 3.2: a key for HS256 has at least as many bits as its hash.
+MIN_JWT_SECRET_BYTES = 32
 
 
 class Settings(BaseSettings):
@@ -35,6 +45,8 @@ class Settings(BaseSettings):
         default="INFO", validation_alias="TALLYSTICK_LOG_LEVEL"
     )
 
+    otel_endpoint: str | None = Field(default=None, validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT")
+
     rules_file: Path | None = Field(default=None, validation_alias="TALLYSTICK_RULES_FILE")
     worker_metrics_port: int = Field(default=0, ge=0, le=65535, validation_alias="TALLYSTICK_WORKER_METRICS_PORT")
 
@@ -42,6 +54,9 @@ class Settings(BaseSettings):
     stripe_timeout_seconds: int = Field(default=20, ge=1, le=80, validation_alias="TALLYSTICK_STRIPE_TIMEOUT_SECONDS")
     stripe_calls_per_second: int = Field(
         default=80, ge=1, le=10_000, validation_alias="TALLYSTICK_STRIPE_CALLS_PER_SECOND"
+    )
+    stripe_stream_events_per_second: int = Field(
+        default=5000, ge=1, le=100_000, validation_alias="TALLYSTICK_STRIPE_STREAM_EVENTS_PER_SECOND"
     )
 
     webhook_tolerance_seconds: int = Field(
@@ -55,6 +70,9 @@ class Settings(BaseSettings):
         default=400, ge=1, le=3660, validation_alias="TALLYSTICK_TIMELINE_RETENTION_DAYS"
     )
 
+    sender: Literal["meter_events", "meter_event_stream"] = Field(
+        default="meter_events", validation_alias="TALLYSTICK_SENDER"
+    )
     usage_dedupe_hours: int = Field(default=72, ge=24, le=840, validation_alias="TALLYSTICK_USAGE_DEDUPE_HOURS")
     usage_buffer_max_bytes: int = Field(
         default=256 * 1024 * 1024, ge=1024 * 1024, validation_alias="TALLYSTICK_USAGE_BUFFER_MAX_BYTES"
@@ -70,6 +88,15 @@ class Settings(BaseSettings):
     portal_return_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(), validation_alias="TALLYSTICK_PORTAL_RETURN_ORIGINS"
     )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(default=(), validation_alias="TALLYSTICK_CORS_ORIGINS")
+    jwt_jwks_url: str | None = Field(default=None, validation_alias="TALLYSTICK_JWT_JWKS_URL")
+    jwt_secret: SecretStr | None = Field(default=None, validation_alias="TALLYSTICK_JWT_SECRET")
+    jwt_issuer: str | None = Field(default=None, validation_alias="TALLYSTICK_JWT_ISSUER")
+    jwt_audience: str | None = Field(default=None, validation_alias="TALLYSTICK_JWT_AUDIENCE")
+    jwt_algorithms: Annotated[tuple[JwtAlgorithm, ...], NoDecode] = Field(
+        default=("RS256", "ES256"), min_length=1, validation_alias="TALLYSTICK_JWT_ALGORITHMS"
+    )
+    jwt_customer_claim: str = Field(default="sub", min_length=1, validation_alias="TALLYSTICK_JWT_CUSTOMER_CLAIM")
 
     @field_validator("stripe_webhook_secret", mode="before")
     @classmethod
@@ -77,9 +104,9 @@ class Settings(BaseSettings):
         """Several secrets, comma-separated, may be valid at once while one is being rolled."""
         return _split(value)
 
-    @field_validator("portal_return_origins", mode="before")
+    @field_validator("portal_return_origins", "cors_origins", "jwt_algorithms", mode="before")
     @classmethod
-    def _split_origins(cls, value: object) -> object:
+    def _split_lists(cls, value: object) -> object:
         return _split(value)
 
     @field_validator("stripe_webhook_secret")
@@ -90,14 +117,46 @@ class Settings(BaseSettings):
             raise ValueError("each secret must have at least 8 characters, as in whsec_…")
         return secrets
 
-    @field_validator("portal_return_origins")
+    @field_validator("portal_return_origins", "cors_origins")
     @classmethod
     def _origins_are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
-        for origin in origins:
-            parts = urlsplit(origin)
-            if parts.scheme not in ("http", "https") or not parts.netloc or parts.path not in ("", "/") or parts.query:
-                raise ValueError(f"{origin!r} is not an origin such as https://app.example.com")
-        return tuple(origin.rstrip("/").lower() for origin in origins)
+        normal = tuple(origin.removesuffix("/").lower() for origin in origins)
+        for origin in normal:
+            if not ORIGIN.fullmatch(origin):
+                raise ValueError("each must be an origin such as https://app.example.com, and nothing after it")
+            if (origin.partition(":")[0], origin.rpartition(":")[2]) in (("https", "443"), ("http", "80")):
+                raise ValueError("leave out the default port, as browsers do")
+        return normal
+
+    @field_validator("jwt_jwks_url")
+    @classmethod
+    def _keys_come_safely(cls, url: str | None) -> str | None:
+        # Whoever can change these keys on their way can sign as anybody.
+        if url is not None:
+            parts = urlsplit(url)
+            if not parts.hostname or "@" in parts.netloc or parts.scheme not in ("https", "http"):
+                raise ValueError("must begin with https:// and a host")
+            if parts.scheme == "http" and parts.hostname not in LOOPBACK:
+                raise ValueError("must begin with https://, except on this machine itself")
+        return url
+
+    @field_validator("jwt_secret")
+    @classmethod
+    def _secret_is_long_enough(cls, secret: SecretStr | None) -> SecretStr | None:
+        if secret is not None and len(secret.get_secret_value().encode()) < MIN_JWT_SECRET_BYTES:
+            raise ValueError(f"must have at least {MIN_JWT_SECRET_BYTES} bytes")
+        return secret
+
+    @model_validator(mode="after")
+    def _tokens_can_be_checked(self) -> Self:
+        if self.jwt_jwks_url is None and self.jwt_secret is None:
+            return self
+        if self.jwt_jwks_url is not None and self.jwt_secret is not None:
+            raise ValueError("TALLYSTICK_JWT_JWKS_URL and TALLYSTICK_JWT_SECRET are both set: choose one")
+        for name, value in (("ISSUER", self.jwt_issuer), ("AUDIENCE", self.jwt_audience)):
+            if value is None:
+                raise ValueError(f"TALLYSTICK_JWT_{name} is not set, and tokens cannot be checked without it")
+        return self
 
     @field_validator("database_url")
     @classmethod
@@ -114,7 +173,7 @@ class Settings(BaseSettings):
             raise ValueError("must begin with redis://, rediss:// or unix://")
         return url
 
-    @field_validator("stripe_api_base", "stripe_meter_events_base")
+    @field_validator("stripe_api_base", "stripe_meter_events_base", "otel_endpoint")
     @classmethod
     def _base_is_url(cls, url: str | None) -> str | None:
         if url is not None and urlsplit(url).scheme not in ("http", "https"):
@@ -143,6 +202,8 @@ def load_settings() -> Settings:
 
 def _explain(problem: object) -> str:
     assert isinstance(problem, dict)
+    if not problem["loc"]:  # it is about several variables, and names them
+        return str(problem["msg"]).removeprefix("Value error, ")
     name = str(problem["loc"][0])
     if problem["type"] == "missing":
         return f"{name} is not set"

@@ -5,19 +5,23 @@ TallystickError
 └── Problem                an HTTP answer `application/problem+json`
     ├── InvalidRequest     400/422  the body or a parameter is wrong
     ├── Untrusted          400      a webhook that cannot be trusted
-    ├── Unauthorized       401      no valid API key
-    ├── Forbidden          403      the key lacks the scope
+    ├── Unauthorized       401      no valid API key or token
+    ├── Forbidden          403      the key lacks the scope; the customer is not the user's own
     ├── NotFound           404
     │   ├── UnknownCustomer         no Stripe customer has this name
     │   └── UnknownEvent            no Stripe event with this id came here
+    ├── Conflict           409      what is there stands against it
     ├── TooLarge           413
     ├── TooBusy            429      the usage buffer is full
+    ├── RateLimited        429      this caller comes too often
     ├── StorageFailed      500      PostgreSQL failed; Stripe is to retry
     ├── StripeRefused      502      Stripe answered with an error
     └── Unavailable        503      a part is down; try again later
 """
 
 from collections.abc import Mapping
+
+from starlette.responses import JSONResponse
 
 PROBLEM_TYPE_BASE = "urn:tallystick:problem:"
 PROBLEM_MEDIA_TYPE = "application/problem+json"
@@ -76,6 +80,10 @@ class Problem(TallystickError):
             headers["WWW-Authenticate"] = 'Bearer realm="tallystick"'
         return headers
 
+    def answer(self) -> JSONResponse:
+        """The whole answer."""
+        return JSONResponse(self.body(), self.status, dict(self.headers()), PROBLEM_MEDIA_TYPE)
+
 
 class InvalidRequest(Problem):
     """The body or a parameter is wrong; sending it again as it is will not help."""
@@ -94,19 +102,19 @@ class Untrusted(Problem):
 
 
 class Unauthorized(Problem):
-    """No API key, or one that is not valid."""
+    """No API key or token, or one that is not valid."""
 
     status = 401
     type = "unauthorized"
-    title = "A valid API key is needed"
+    title = "Valid credentials are needed"
 
 
 class Forbidden(Problem):
-    """The API key lacks the scope."""
+    """The API key lacks the scope, or the end user may not do this."""
 
     status = 403
     type = "forbidden"
-    title = "The API key may not do this"
+    title = "The caller may not do this"
 
 
 class NotFound(Problem):
@@ -132,6 +140,14 @@ class UnknownEvent(NotFound):
 
     type = "unknown-event"
     title = "No such event was received"
+
+
+class Conflict(Problem):
+    """The request is well formed, and what is recorded already stands against it."""
+
+    status = 409
+    type = "conflict"
+    title = "The request does not fit what is recorded"
 
 
 class TooLarge(Problem):
@@ -164,6 +180,14 @@ class TooBusy(Problem):
     status = 429
     type = "too-busy"
     title = "Too much usage is waiting; send it again later"
+
+
+class RateLimited(Problem):
+    """One caller comes more often than it may; waiting helps."""
+
+    status = 429
+    type = "rate-limited"
+    title = "Too many requests"
 
 
 class StorageFailed(Problem):
