@@ -130,6 +130,7 @@ TABLES = [
     "usage_retired",
     "usage_thresholds",
     "usage_drifts",
+    "usage_checks",
     "meter_error_reports",
     "seal_requests",
     "rate_limits",

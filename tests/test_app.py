@@ -1,5 +1,10 @@
 """What every route has in common: health, problems, the OpenAPI document."""
 
+import base64
+import hashlib
+import re
+from collections.abc import AsyncIterator
+
 import httpx
 import pytest
 from fastapi import FastAPI
@@ -78,7 +83,7 @@ async def test_the_document_describes_every_route(app: FastAPI, anonymous: httpx
     included = [getattr(route, "original_router", None) for route in app.routes]
     routes = [*app.routes, *(route for router in included if router is not None for route in router.routes)]
     served = {
-        (str(route.path), method.lower())
+        (str(route.path).replace(":path}", "}"), method.lower())  # how it is matched is no part of its name
         for route in routes
         if isinstance(route, Route) and route.path not in ("/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc")
         for method in route.methods or ()
@@ -95,3 +100,42 @@ async def test_metrics_are_prometheus_text(client: httpx.AsyncClient) -> None:
     await client.post("/v1/usage", json={"id": "e", "customer": "acme", "meter": ""})
     answer = await client.get("/metrics")
     assert 'tallystick_usage_events_total{result="rejected"}' in answer.text
+
+
+async def test_the_page_for_people_loads_nothing_and_runs_nothing(anonymous: httpx.AsyncClient) -> None:
+    answer = await anonymous.get("/docs")
+    assert answer.headers["content-type"].startswith("text/html")
+    assert not re.findall(r"<script|<link|<img|<iframe|@import|url\(|\son\w+=|\bsrc=|javascript:", answer.text)
+    assert not [
+        link for link in re.findall(r'href="([^"]*)"', answer.text) if not link.startswith(("#", "openapi.json"))
+    ]
+    (style,) = re.findall(r"<style>(.*?)</style>", answer.text)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert f"style-src 'sha256-{digest}'" in answer.headers["content-security-policy"]
+    assert "script" not in answer.headers["content-security-policy"]
+
+
+async def test_the_page_for_people_has_every_route_and_every_schema(app: FastAPI, anonymous: httpx.AsyncClient) -> None:
+    page = (await anonymous.get("/docs")).text
+    document = app.openapi()
+    for path, operations in document["paths"].items():
+        for method in operations:
+            assert f"<code>{method.upper()} {path}</code>" in page
+    for name in re.findall(r'href="#([^"]+)"', page):
+        assert f'id="{name}"' in page
+    assert all(f'id="{name}"' in page for name in document["components"]["schemas"])
+
+
+@pytest.mark.parametrize("path", ["/v1/access", "/v1/portal/sessions", "/v1/customers/acme"])
+async def test_a_body_that_never_ends_is_refused_early(client: httpx.AsyncClient, path: str) -> None:
+    sent = 0
+
+    async def pour() -> AsyncIterator[bytes]:
+        nonlocal sent
+        for _ in range(10_000):
+            sent += 16_384
+            yield b" " * 16_384
+
+    answer = await client.request("PUT" if "customers" in path else "POST", path, content=pour())
+    assert (answer.status_code, answer.json()["type"]) == (413, "urn:tallystick:problem:too-large")
+    assert sent < 1_000_000

@@ -104,6 +104,18 @@ def test_a_missing_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ("TALLYSTICK_SEAL_THRESHOLD", "NaN"),
         ("TALLYSTICK_PORTAL_RETURN_ORIGINS", "https://app.example.com/path"),
         ("TALLYSTICK_PORTAL_RETURN_ORIGINS", "app.example.com"),
+        ("TALLYSTICK_PORTAL_RETURN_ORIGINS", "https://user@app.example.com"),
+        ("TALLYSTICK_PORTAL_RETURN_ORIGINS", "https://app.example.com:443"),
+        ("TALLYSTICK_CORS_ORIGINS", "*"),
+        ("TALLYSTICK_CORS_ORIGINS", "https://*.example.com"),
+        ("TALLYSTICK_CORS_ORIGINS", "null"),
+        ("TALLYSTICK_CORS_ORIGINS", "https://app.example.com, http://b\u00fccher.example"),
+        ("TALLYSTICK_JWT_JWKS_URL", "http://login.example.com/keys"),
+        ("TALLYSTICK_JWT_JWKS_URL", "https://user:secret@login.example.com/keys"),
+        ("TALLYSTICK_JWT_JWKS_URL", "login.example.com/keys"),
+        ("TALLYSTICK_JWT_SECRET", "x" * 31),
+        ("TALLYSTICK_JWT_ALGORITHMS", "HS256"),
+        ("TALLYSTICK_JWT_ALGORITHMS", "RS256, none"),
     ],
 )
 def test_a_wrong_setting_is_named_without_its_value(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
@@ -112,6 +124,41 @@ def test_a_wrong_setting_is_named_without_its_value(monkeypatch: pytest.MonkeyPa
         load_settings()
     assert str(refused.value).startswith(f"{name}: ")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"JWT_SECRET": "x" * 32, "JWT_ISSUER": "i"}, "TALLYSTICK_JWT_AUDIENCE is not set"),
+        ({"JWT_SECRET": "x" * 32, "JWT_AUDIENCE": "a"}, "TALLYSTICK_JWT_ISSUER is not set"),
+        (
+            {"JWT_SECRET": "x" * 32, "JWT_JWKS_URL": "https://login.example.com/keys"},
+            "TALLYSTICK_JWT_JWKS_URL and TALLYSTICK_JWT_SECRET are both set",
+        ),
+    ],
+)
+def test_tokens_are_checked_completely_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch, changed: dict[str, str], named: str
+) -> None:
+    set_environment(monkeypatch, **{f"TALLYSTICK_{name}": value for name, value in changed.items()})
+    with pytest.raises(SettingsError) as refused:
+        load_settings()
+    assert str(refused.value).startswith(named)
+    assert "x" * 32 not in str(refused.value)
+
+
+def test_origins_and_key_sets_are_taken_as_they_should_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_environment(
+        monkeypatch,
+        TALLYSTICK_CORS_ORIGINS="https://App.example.com/, http://localhost:3000,http://[::1]:8000",
+        TALLYSTICK_JWT_JWKS_URL="http://127.0.0.1:9000/keys",
+        TALLYSTICK_JWT_ISSUER="i",
+        TALLYSTICK_JWT_AUDIENCE="a",
+        TALLYSTICK_JWT_ALGORITHMS="ES256, EdDSA",
+    )
+    settings = load_settings()
+    assert settings.cors_origins == ("https://app.example.com", "http://localhost:3000", "http://[::1]:8000")
+    assert settings.jwt_algorithms == ("ES256", "EdDSA")
 
 
 def test_several_webhook_secrets_may_be_valid_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """The HTTP application: routers, what is open while it runs, and errors as `application/problem+json` (RFC 9457)."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,17 +12,26 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from tallystick import __version__, health
 from tallystick.access import links as access_links
 from tallystick.access import routes as access_routes
 from tallystick.auth import KeyCache
+from tallystick.bodies import LimitedBodies
+from tallystick.browsers import Browsers
 from tallystick.config import Settings
+from tallystick.crowd import Crowd
 from tallystick.db import is_storage_failure
-from tallystick.errors import PROBLEM_MEDIA_TYPE, InvalidRequest, NotFound, Problem, Unavailable
+from tallystick.end_users import EndUsers
+from tallystick.errors import PROBLEM_MEDIA_TYPE, InvalidRequest, NotFound, Problem, TooLarge, Unavailable
+from tallystick.limits import Limiter
+from tallystick.observer import Observer
 from tallystick.openapi import describe_plain_routes
 from tallystick.portal import sessions as portal_sessions
+from tallystick.reference import reference_route
 from tallystick.resources import open_resources
+from tallystick.usage import correction_routes, parked_routes, quota
 from tallystick.usage import routes as usage_routes
 from tallystick.usage.ingest import Breaker, receive_usage
 from tallystick.usage.meters import MeterCache
@@ -30,6 +39,11 @@ from tallystick.webhooks import routes as webhook_routes
 from tallystick.webhooks.inbox import Inbox, receive_webhook
 
 log = structlog.get_logger()
+
+# What pages in a browser call themselves, if TALLYSTICK_CORS_ORIGINS names them; all else is for services.
+CORS_ROUTES = {"/v1/portal/sessions": "POST"}
+# The largest body of a route below: a hundred references of a hundred characters, each of them escaped.
+MAX_JSON_BYTES = 256 * 1024
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -40,6 +54,9 @@ def create_app(settings: Settings) -> FastAPI:
         async with open_resources(settings, application_name="tallystick api") as resources:
             app.state.resources = resources
             app.state.keys = KeyCache()
+            app.state.end_users = EndUsers(settings)
+            app.state.portal_limiter = Limiter()
+            app.state.access_reader = access_routes.AccessReader(resources.engine)
             app.state.meters = MeterCache()
             app.state.breaker = Breaker()
             app.state.inbox = Inbox(resources)
@@ -54,6 +71,10 @@ def create_app(settings: Settings) -> FastAPI:
         version=__version__,
         summary="Usage-based billing beside Stripe: what was accepted is billed exactly once, and it can be proved.",
         lifespan=lifespan,
+        # Its own traces carry paths and queries, and with them references (tracing.py).
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
+        docs_url=None,  # FastAPI's own page loads scripts from elsewhere
+        redoc_url=None,
         exception_handlers={
             Problem: answer_problem,
             RequestValidationError: answer_invalid,
@@ -63,26 +84,38 @@ def create_app(settings: Settings) -> FastAPI:
             Exception: answer_bug,
         },
     )
-    # The two hot routes are plain ones: a decorated route spends more on its signature than these on their work.
+    # The hot routes are plain ones and come first: to find a decorated route and read its signature takes longer than
+    # their work.
     app.router.routes.append(Route("/webhooks/stripe", receive_webhook, methods=["POST"]))
     app.router.routes.append(Route("/webhooks/stripe/{endpoint}", receive_webhook, methods=["POST"]))
     app.router.routes.append(Route("/v1/usage", receive_usage, methods=["POST"]))
+    app.router.routes.append(Route("/v1/customers/{ref}/access", access_routes.get_access, methods=["GET"]))
     app.router.routes.append(Route("/healthz", health.get_health, methods=["GET"]))
     app.router.routes.append(Route("/readyz", health.get_readiness, methods=["GET"]))
     app.router.routes.append(Route("/metrics", health.get_metrics, methods=["GET"]))
     app.include_router(usage_routes.router)
+    app.include_router(correction_routes.router)
+    app.include_router(quota.router)
+    app.include_router(parked_routes.router)
     app.include_router(access_routes.router)
     app.include_router(access_links.router)
     app.include_router(webhook_routes.router)
     app.include_router(portal_sessions.router)
+    app.router.routes.append(reference_route(app))
     describe_plain_routes(app)
+
+    # Around all that FastAPI builds: an answer to an unforeseen error is one of its answers too.
+    build: Callable[[], ASGIApp] = app.build_middleware_stack
+    app.build_middleware_stack = lambda: Observer(  # type: ignore[method-assign]
+        Browsers(Crowd(LimitedBodies(build(), MAX_JSON_BYTES)), settings.cors_origins, CORS_ROUTES), app.routes
+    )
     return app
 
 
 async def answer_problem(request: Request, error: Exception) -> Response:
     """An error raised on purpose."""
     assert isinstance(error, Problem)
-    return JSONResponse(error.body(), error.status, dict(error.headers()), PROBLEM_MEDIA_TYPE)
+    return error.answer()
 
 
 async def answer_invalid(request: Request, error: Exception) -> Response:
@@ -103,6 +136,8 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
         return await answer_problem(request, NotFound(f"There is no {request.url.path!a}; see /docs."))
+    if error.status_code == 413:
+        return await answer_problem(request, TooLarge(error.detail))
     problem = InvalidRequest(error.detail, status=error.status_code, type="http-error")
     return JSONResponse(problem.body(), problem.status, error.headers, PROBLEM_MEDIA_TYPE)
 
@@ -111,11 +146,16 @@ async def answer_storage_error(request: Request, error: Exception) -> Response:
     """PostgreSQL failed while it was needed: nothing was stored, and trying again may help."""
     if not is_storage_failure(error):
         return await answer_bug(request, error)
-    log.warning("storage_failed", path=request.url.path, error=type(error).__name__)
+    log.warning("storage_failed", route=_route(request), error=type(error).__name__)
     return await answer_problem(request, Unavailable("PostgreSQL is not available.", retry_after_seconds=2))
 
 
 async def answer_bug(request: Request, error: Exception) -> Response:
     """Anything unforeseen: no detail leaves the service; the log has the traceback."""
-    log.error("request_failed", path=request.url.path, exc_info=error)
+    log.error("request_failed", route=_route(request), exc_info=error)
     return await answer_problem(request, Problem())
+
+
+def _route(request: Request) -> str:
+    # The path itself may hold a customer's reference, which is nobody's business in a log.
+    return str(getattr(request.scope.get("route"), "path", "none"))

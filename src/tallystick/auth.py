@@ -1,6 +1,7 @@
 """API keys: made once, shown once, stored as a hash, asked for on every `/v1` route.
 
 A key is `tsk_<id>_<secret>`. The secret has 256 random bits, so a plain SHA-256 is enough: there is nothing to guess.
+A key that is rolled keeps its id, source and scopes and gets a new secret; the old one works until an overlap ends.
 """
 
 import hashlib
@@ -17,16 +18,50 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from tallystick import db
-from tallystick.errors import Forbidden, Unauthorized, Unavailable
+from tallystick.card_numbers import holds_card_number
+from tallystick.errors import Forbidden, RateLimited, Unauthorized, Unavailable
+from tallystick.limits import Limiter
 
 SCOPES = ("usage:write", "usage:read", "access:read", "portal:create", "customers:write", "admin")
 
 # How long a revoked key may still work, against one query a request.
 FRESH_FOR = timedelta(seconds=10)
+# A secret that does not match may be a new one: its key is read again, but not for each guess of an attacker.
+FRESH_FOR_A_REFUSAL = timedelta(seconds=1)
 # While PostgreSQL is away, usage is still taken into Redis from keys that were valid at most this long ago.
 USABLE_FOR = timedelta(hours=1)
 CACHE_SIZE = 10_000
 NOTE_USE_EVERY = timedelta(minutes=1)
+
+KEY_PREFIX = "tsk_"
+NOT_VALID = "The API key is not valid. It may have been revoked, or have expired."
+NO_HASH = bytes(32)  # compared with where there is none; nobody knows a secret whose SHA-256 it is
+
+INSERT_KEY = text("""
+    INSERT INTO api_keys (id, name, source, secret_sha256, scopes, expires_at, limit_per_second)
+    VALUES (:id, :name, :source, :secret_sha256, :scopes, :expires_at, :limit_per_second)
+""")
+
+LIST_KEYS = text("""
+    SELECT id, name, source, scopes, limit_per_second, created_at, last_used_at, expires_at, rolled_at,
+           CASE WHEN old_valid_until > now() THEN old_valid_until END AS old_valid_until,
+           CASE WHEN revoked_at IS NOT NULL THEN 'revoked'
+                WHEN expires_at <= now() THEN 'expired' ELSE 'valid' END AS state
+      FROM api_keys ORDER BY created_at DESC, id
+""")
+
+# The secret before the last one, if it still worked, ends here: two are valid at once, never three.
+ROLL_KEY = text("""
+    UPDATE api_keys
+       SET old_secret_sha256 = secret_sha256, old_valid_until = :old_valid_until, secret_sha256 = :secret_sha256,
+           rolled_at = :now
+     WHERE id = :id AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > :now)
+""")
+
+FIND_KEY = text("""
+    SELECT id, source, scopes, secret_sha256, expires_at, old_secret_sha256, old_valid_until, limit_per_second
+      FROM api_keys WHERE id = :id AND revoked_at IS NULL
+""")
 
 
 @dataclass(frozen=True)
@@ -38,6 +73,9 @@ class ApiKey:
     scopes: frozenset[str]
     secret_sha256: bytes
     expires_at: datetime | None
+    old_secret_sha256: bytes | None = None
+    old_valid_until: datetime | None = None
+    limit_per_second: int | None = None
 
     def allows(self, scope: str) -> bool:
         return scope in self.scopes or "admin" in self.scopes
@@ -49,6 +87,7 @@ class KeyCache:
 
     entries: dict[str, tuple[datetime, ApiKey | None]] = field(default_factory=dict)
     noted: dict[str, datetime] = field(default_factory=dict)
+    limiter: Limiter = field(default_factory=Limiter)
 
     def put(self, key_id: str, at: datetime, key: ApiKey | None) -> None:
         if len(self.entries) >= CACHE_SIZE:
@@ -57,41 +96,46 @@ class KeyCache:
 
 
 async def create_key(
-    connection: AsyncConnection, *, name: str, source: str, scopes: list[str], expires_at: datetime | None = None
+    connection: AsyncConnection,
+    *,
+    name: str,
+    source: str,
+    scopes: list[str],
+    expires_at: datetime | None = None,
+    limit_per_second: int | None = None,
 ) -> str:
-    """Make a key and return its text, the only time that it can be seen. `scopes` are of `SCOPES`."""
+    """Make a key and return its text, the only time that it can be seen.
+
+    `scopes` are of `SCOPES`; `limit_per_second` counts requests in each process of the API. Raises `ValueError`.
+    """
     unknown = sorted(set(scopes) - set(SCOPES))
     if unknown:
         raise ValueError(f"unknown scope {unknown[0]!r}; there are: {', '.join(SCOPES)}")
-    key_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
-    await connection.execute(
-        text(
-            "INSERT INTO api_keys (id, name, source, secret_sha256, scopes, expires_at)"
-            " VALUES (:id, :name, :source, :secret_sha256, :scopes, :expires_at)"
-        ),
-        {
-            "id": key_id,
-            "name": name,
-            "source": source,
-            "secret_sha256": _hash(secret),
-            "scopes": scopes,
-            "expires_at": expires_at,
-        },
-    )
-    return f"tsk_{key_id}_{secret}"
+    if holds_card_number(name) or holds_card_number(source):
+        raise ValueError("the name or the source looks like a card number, and card numbers are not kept here")
+    key_id, secret = secrets.token_hex(6), _new_secret()
+    values = {"id": key_id, "name": name, "source": source, "secret_sha256": _hash(secret), "scopes": scopes}
+    await connection.execute(INSERT_KEY, values | {"expires_at": expires_at, "limit_per_second": limit_per_second})
+    return f"{KEY_PREFIX}{key_id}_{secret}"
 
 
 async def list_keys(connection: AsyncConnection) -> list[dict[str, Any]]:
-    """All keys, newest first, with `state` valid, expired or revoked; never a secret or its hash."""
-    rows = await connection.execute(
-        text("""
-            SELECT id, name, source, scopes, created_at, last_used_at, expires_at,
-                   CASE WHEN revoked_at IS NOT NULL THEN 'revoked'
-                        WHEN expires_at <= now() THEN 'expired' ELSE 'valid' END AS state
-              FROM api_keys ORDER BY created_at DESC, id
-        """)
-    )
-    return [dict(row) for row in rows.mappings()]
+    """All keys, newest first, with `state` valid, expired or revoked; never a secret or its hash.
+
+    `old_valid_until` is set while the secret before the last roll still works.
+    """
+    return [dict(row) for row in (await connection.execute(LIST_KEYS)).mappings()]
+
+
+async def roll_key(connection: AsyncConnection, key_id: str, overlap: timedelta, now: datetime) -> str | None:
+    """Give a key a new secret and return its text, once; None when there is no valid key with this id.
+
+    The old secret works for `overlap` from now. Running services follow within `FRESH_FOR`.
+    """
+    secret = _new_secret()
+    values = {"id": key_id, "secret_sha256": _hash(secret), "old_valid_until": now + overlap, "now": now}
+    rolled = await connection.execute(ROLL_KEY, values)
+    return f"{KEY_PREFIX}{key_id}_{secret}" if rolled.rowcount == 1 else None
 
 
 async def revoke_key(connection: AsyncConnection, key_id: str) -> bool:
@@ -103,28 +147,39 @@ async def revoke_key(connection: AsyncConnection, key_id: str) -> bool:
 
 
 async def authenticate(request: Request, scope: str) -> ApiKey:
-    """The key of `Authorization: Bearer tsk_…` (RFC 6750), if it is valid and has `scope`.
+    """The key of `Authorization: Bearer tsk_…` (RFC 6750), if it is valid, has `scope` and is within its limit.
 
-    Raises `Unauthorized` (401), `Forbidden` (403), or `Unavailable` (503) when the key is not known here and
-    PostgreSQL is away.
+    Raises `Unauthorized` (401), `Forbidden` (403), `RateLimited` (429), or `Unavailable` (503) when the key is not
+    known here and PostgreSQL is away.
     """
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    parts = token.strip().split("_", 2)
-    if scheme.lower() != "bearer" or len(parts) != 3 or parts[0] != "tsk":
+    parts = (bearer_token(request) or "").split("_", 2)
+    if len(parts) != 3 or parts[0] + "_" != KEY_PREFIX:
         raise Unauthorized("Send the API key as: Authorization: Bearer tsk_…")
     key_id, secret = parts[1], parts[2]
     if not key_id.isalnum():
-        raise Unauthorized("The API key is not valid. It may have been revoked, or have expired.")
+        raise Unauthorized(NOT_VALID)
     now = datetime.now(UTC)
-    key = await _find_key(request.app.state.keys, request.app.state.resources.engine, key_id, now)
-    # The comparison runs for unknown ids too, and takes the same time wherever the first difference lies.
-    matches = hmac.compare_digest(_hash(secret), key.secret_sha256 if key else bytes(32))
-    if key is None or not matches or (key.expires_at is not None and key.expires_at <= now):
-        raise Unauthorized("The API key is not valid. It may have been revoked, or have expired.")
+    keys: KeyCache = request.app.state.keys
+    engine: AsyncEngine = request.app.state.resources.engine
+    key = await _find_key(keys, engine, key_id, now, FRESH_FOR)
+    if not _matches(secret, key, now):
+        key = await _find_key(keys, engine, key_id, now, FRESH_FOR_A_REFUSAL)
+        if not _matches(secret, key, now):
+            raise Unauthorized(NOT_VALID)
+    if key is None or (key.expires_at is not None and key.expires_at <= now):
+        raise Unauthorized(NOT_VALID)
     if not key.allows(scope):
         raise Forbidden(f"This API key lacks the scope {scope}.")
-    await _note_use(request.app.state.keys, request.app.state.resources.engine, key.id, now)
+    if key.limit_per_second is not None and not keys.limiter.admit(key.id, key.limit_per_second, now):
+        raise RateLimited(f"This API key may send {key.limit_per_second} requests a second.", retry_after_seconds=1)
+    await _note_use(keys, engine, key.id, now)
     return key
+
+
+def bearer_token(request: Request) -> str | None:
+    """What follows `Authorization: Bearer`, of whatever kind; None without it."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else None
 
 
 def require_scope(scope: str) -> Callable[[Request], Awaitable[ApiKey]]:
@@ -137,12 +192,19 @@ def require_scope(scope: str) -> Callable[[Request], Awaitable[ApiKey]]:
 
 
 # Only for the OpenAPI document: it shows the lock and the form of the header. `authenticate` does the work.
-bearer = Security(HTTPBearer(auto_error=False, description="An API key made with `tallystick keys create`"))
+bearer = Security(
+    HTTPBearer(
+        auto_error=False,
+        description="An API key made with `tallystick keys create`; for the portal, an end user's token too.",
+    )
+)
 
 
-async def _find_key(cache: KeyCache, engine: AsyncEngine, key_id: str, now: datetime) -> ApiKey | None:
+async def _find_key(
+    cache: KeyCache, engine: AsyncEngine, key_id: str, now: datetime, fresh_for: timedelta
+) -> ApiKey | None:
     known = cache.entries.get(key_id)
-    if known is not None and now - known[0] < FRESH_FOR:
+    if known is not None and now - known[0] < fresh_for:
         return known[1]
     try:
         async with db.transaction(engine) as connection:
@@ -156,16 +218,30 @@ async def _find_key(cache: KeyCache, engine: AsyncEngine, key_id: str, now: date
 
 
 async def _read_key(connection: AsyncConnection, key_id: str) -> ApiKey | None:
-    found = await connection.execute(
-        text(
-            "SELECT id, source, scopes, secret_sha256, expires_at FROM api_keys WHERE id = :id AND revoked_at IS NULL"
-        ),
-        {"id": key_id},
-    )
-    row = found.one_or_none()
+    row = (await connection.execute(FIND_KEY, {"id": key_id})).one_or_none()
     if row is None:
         return None
-    return ApiKey(row.id, row.source, frozenset(row.scopes), bytes(row.secret_sha256), row.expires_at)
+    return ApiKey(
+        row.id,
+        row.source,
+        frozenset(row.scopes),
+        bytes(row.secret_sha256),
+        row.expires_at,
+        bytes(row.old_secret_sha256) if row.old_secret_sha256 is not None else None,
+        row.old_valid_until,
+        row.limit_per_second,
+    )
+
+
+def _matches(secret: str, key: ApiKey | None, now: datetime) -> bool:
+    """Whether the secret is the key's, or the one before it while that is valid.
+
+    Both comparisons run for unknown ids too, and take the same time wherever the first difference lies.
+    """
+    given = _hash(secret)
+    is_present = hmac.compare_digest(given, key.secret_sha256 if key else NO_HASH)
+    is_old = hmac.compare_digest(given, (key.old_secret_sha256 if key else None) or NO_HASH)
+    return is_present or (is_old and key is not None and key.old_valid_until is not None and now < key.old_valid_until)
 
 
 async def _note_use(cache: KeyCache, engine: AsyncEngine, key_id: str, now: datetime) -> None:
@@ -184,6 +260,10 @@ async def _note_use(cache: KeyCache, engine: AsyncEngine, key_id: str, now: date
             )
     except db.STORAGE_ERRORS:
         return  # a note for people; the request itself does not depend on it
+
+
+def _new_secret() -> str:
+    return secrets.token_urlsafe(32)
 
 
 def _hash(secret: str) -> bytes:

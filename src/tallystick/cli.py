@@ -2,26 +2,33 @@
 
 run, demo, fake-stripe       development: everything embedded, nothing to install
 serve, worker, migrate       production
-flush, conservation, keys    operation
+flush, keys                  operation
+reconcile, periods           the proof, and what is urgent (usage/reports.py)
+corrections                  usage that was taken back too late (usage/correction_commands.py)
+parked                       usage that Stripe will not be told as it is (usage/commands.py)
 recover, replay, sync        repair (webhooks/commands.py), with webhooks setup and doctor
 """
 
 import asyncio
+import contextlib
 import json
 import signal
 import sys
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from tallystick.access.commands import app as access
 from tallystick.errors import TallystickError
+from tallystick.keys import app as keys
 from tallystick.notifications.commands import app as notifications
 from tallystick.terminal import Json, err, fail, out, with_resources
+from tallystick.usage.commands import app as parked
+from tallystick.usage.correction_commands import app as corrections
+from tallystick.usage.reports import app as reports
 from tallystick.webhooks.commands import app as repair
 
 app = typer.Typer(
@@ -30,11 +37,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-keys = typer.Typer(help="API keys of the services and frontends that call this one.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
 app.add_typer(access, name="access")
 app.add_typer(notifications, name="notifications")
+app.add_typer(corrections, name="corrections")
+app.add_typer(parked, name="parked")
 app.add_typer(repair)
+app.add_typer(reports)
 
 DataFolder = Annotated[Path, typer.Option("--data", help="Where the embedded parts keep their data.")]
 
@@ -89,23 +98,35 @@ def fake_stripe(
     serve_fake_stripe(host, port, state, seed)
 
 
+# Far more connections than one process can serve.
+MAX_OPEN_FILES = 65_536
+
+
 @app.command()
 def serve() -> None:
     """Serve the HTTP API on TALLYSTICK_HOST and TALLYSTICK_PORT."""
+    import resource
+
     import uvicorn
 
     from tallystick.app import create_app
     from tallystick.config import load_settings
+    from tallystick.connections import Connection
     from tallystick.logs import configure_logs
 
     settings = load_settings()
     configure_logs(settings.log_level)
+    # Each connection is an open file. Some systems allow 1,024 unless asked, which idle ones alone could use up.
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if most == resource.RLIM_INFINITY else min(most, MAX_OPEN_FILES)
+    with contextlib.suppress(OSError, ValueError):  # the system may allow fewer than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(files, wanted), most))
     uvicorn.run(
         create_app(settings),
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http="httptools",
+        http=Connection,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -170,31 +191,6 @@ def flush(json_: Json = False) -> None:
 
 
 @app.command()
-def conservation(json_: Json = False) -> None:
-    """Prove that every accepted quantity is accounted for. Exit code 1 if one is not."""
-
-    async def work(resources: Any) -> Any:
-        from tallystick import db
-        from tallystick.usage.conservation import count_conservation
-        from tallystick.usage.drain import drain
-
-        await drain(resources, datetime.now(UTC))
-        async with db.transaction(resources.engine) as connection:
-            return await count_conservation(connection)
-
-    counted = with_resources(work)
-    if json_:
-        out.print_json(json.dumps(counted.as_json()))
-    else:
-        table = Table("state", "quantity", box=None, pad_edge=False)
-        table.columns[1].justify = "right"
-        for name, quantity in counted.as_json().items():
-            table.add_row(name, str(quantity))
-        out.print(table)
-    sys.exit(1 if counted.difference else 0)
-
-
-@app.command()
 def doctor(json_: Json = False) -> None:
     """Look at every part that is needed: `ok`, or how to mend it. Exit code 1 if something is wrong."""
     from tallystick.doctor import examine
@@ -208,74 +204,6 @@ def doctor(json_: Json = False) -> None:
             out.print("[green]ok   [/]" if finding.good else "[bold red]wrong[/]", end="  ")
             out.print(f"{finding.part}: {finding.text}", markup=False)
     sys.exit(0 if all(finding.good for finding in findings) else 1)
-
-
-@keys.command("create")
-def create(
-    name: Annotated[str, typer.Argument(help="What the key is for, for people.")],
-    scope: Annotated[list[str], typer.Option(help="What it may do; may be repeated.")],
-    source: Annotated[
-        str | None, typer.Option(help="Whose usage ids these are; two keys of one service share it. Default: the name.")
-    ] = None,
-    expires_in_days: Annotated[int | None, typer.Option(min=1, help="Without it the key does not expire.")] = None,
-) -> None:
-    """Make an API key and print it, this once.
-
-    Scopes: usage:write usage:read access:read portal:create customers:write admin.
-    """
-
-    async def work(resources: Any) -> str:
-        from tallystick import db
-        from tallystick.auth import create_key
-
-        expires_at = datetime.now(UTC) + timedelta(days=expires_in_days) if expires_in_days else None
-        async with db.transaction(resources.engine) as connection:
-            return await create_key(connection, name=name, source=source or name, scopes=scope, expires_at=expires_at)
-
-    try:
-        text = with_resources(work)
-    except ValueError as error:
-        fail(str(error))
-    err.print("Keep it now: it is stored only as a hash and cannot be shown again.")
-    out.print(text)
-
-
-@keys.command("list")
-def list_(json_: Json = False) -> None:
-    """List all keys, without their secrets."""
-
-    async def work(resources: Any) -> list[dict[str, Any]]:
-        from tallystick import db
-        from tallystick.auth import list_keys
-
-        async with db.transaction(resources.engine) as connection:
-            return await list_keys(connection)
-
-    found = with_resources(work)
-    if json_:
-        out.print_json(json.dumps(found, default=str))
-        return
-    table = Table("id", "name", "source", "scopes", "last used", "state", box=None, pad_edge=False)
-    for key in found:
-        used = f"{key['last_used_at']:%Y-%m-%d %H:%M}" if key["last_used_at"] else "never"
-        table.add_row(key["id"], key["name"], key["source"], " ".join(key["scopes"]), used, key["state"])
-    out.print(table)
-
-
-@keys.command("revoke")
-def revoke(key_id: Annotated[str, typer.Argument(help="The id: the middle part of tsk_<id>_<secret>.")]) -> None:
-    """Revoke a key. Running services follow within ten seconds."""
-
-    async def work(resources: Any) -> bool:
-        from tallystick import db
-        from tallystick.auth import revoke_key
-
-        async with db.transaction(resources.engine) as connection:
-            return await revoke_key(connection, key_id)
-
-    if not with_resources(work):
-        fail(f"there is no valid key {key_id}")
-    out.print(f"Revoked {key_id}.")
 
 
 def _run_until_signal(work: Callable[[asyncio.Event], Awaitable[None]]) -> None:

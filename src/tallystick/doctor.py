@@ -1,30 +1,42 @@
 """The doctor: look at every part that is needed and say `ok`, or how to mend it. It changes nothing."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 from sqlalchemy import text
 
 from tallystick import db
 from tallystick.config import Settings, load_settings
 from tallystick.errors import SettingsError
+from tallystick.loops import read_last_done
+from tallystick.mirror.marks import NEVER
+from tallystick.notifications.addresses import AddressRefused, resolve
 from tallystick.redis_client import REDIS_ERRORS
 from tallystick.resources import Resources, open_resources
-from tallystick.rules import load_rules
+from tallystick.rules import NotificationEndpoint, Rules, load_rules
 from tallystick.stripe_gateway import STRIPE_ERRORS
-from tallystick.usage.meters import Meter
+from tallystick.usage.buffer import measure_ids
+from tallystick.usage.meters import Meter, list_unfit
 from tallystick.webhooks.endpoint_setup import is_ours, list_endpoints, problems_of
 from tallystick.webhooks.reading import Reader
 from tallystick.webhooks.recovery import read_recovery
+from tallystick.worker import LOOPS
 
 OLDEST_POSTGRES = 14
 # The first Valkey was made from this version of Redis.
 OLDEST_REDIS = (7, 2)
 # Webhook signatures are taken five minutes either way, and Stripe takes meter events five minutes ahead.
 LARGEST_SKEW = timedelta(seconds=60)
+# Room for a burst of usage while PostgreSQL is away.
+FULLEST_REDIS = 0.8
+# A loop notes its runs every ten seconds, and waits for half a minute after a failure.
+LOOP_LATE_AFTER = timedelta(minutes=2)
+CONNECT_SECONDS = 3
 # The worker's loop runs each minute, and stays five minutes behind on purpose.
 RECOVERED_WITHIN = timedelta(minutes=20)
 
@@ -57,31 +69,46 @@ async def examine(clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> 
         settings = load_settings()
     except SettingsError as error:
         return [bad("settings", f"{error}; see docs/configuration.md")]
-    findings = [good("settings", "all are there"), _examine_rules(settings)]
+    rules, finding = _examine_rules(settings)
+    findings = [good("settings", "all are there"), finding]
     # A rules file that is wrong has been found; it must not hide what else there is to find.
     settings = settings.model_copy(update={"rules_file": None})
     async with open_resources(settings, application_name="tallystick doctor") as resources:
-        postgres = [finding async for finding in _examine_postgres(resources)]
+        postgres = [finding async for finding in _examine_postgres(resources, clock)]
         findings += postgres
-        findings += [finding async for finding in _examine_redis(resources)]
-        findings += [finding async for finding in _examine_stripe(resources, clock)]
+        findings += [finding async for finding in _examine_redis(resources, clock)]
+        findings += [finding async for finding in _examine_stripe(resources, clock, rules)]
         if all(finding.good for finding in postgres[:2]):
             findings += [finding async for finding in _examine_events(resources, clock())]
+        findings += [finding async for finding in _examine_worker(resources, clock())]
+    findings += await asyncio.gather(*(_examine_receiver(endpoint) for endpoint in rules.notifications))
     return findings
 
 
-def _examine_rules(settings: Settings) -> Finding:
+def _examine_rules(settings: Settings) -> tuple[Rules, Finding]:
     try:
-        load_rules(settings.rules_file)
+        rules = load_rules(settings.rules_file)
     except SettingsError as error:
-        return bad("rules file", str(error))
-    return good("rules file", str(settings.rules_file or "none, so the defaults hold"))
+        return Rules(), bad("rules file", str(error))
+    return rules, good("rules file", str(settings.rules_file or "none, so the defaults hold"))
+
+
+def _examine_clock(whose: str, theirs: datetime, asked: datetime, answered: datetime) -> Finding:
+    """Their clock stood at `theirs` some time between the question and the answer."""
+    skew = max(asked - theirs, theirs - answered, timedelta(0))
+    if skew > LARGEST_SKEW:
+        return bad(
+            f"{whose}'s clock",
+            f"it differs from this machine's by {skew.total_seconds():.0f} s: run NTP on both; webhooks may be refused,"
+            " and leases and grace periods end at wrong times",
+        )
+    return good(f"{whose}'s clock", "in step with this machine's")
 
 
 # PostgreSQL
 
 
-async def _examine_postgres(resources: Resources) -> AsyncIterator[Finding]:
+async def _examine_postgres(resources: Resources, clock: Callable[[], datetime]) -> AsyncIterator[Finding]:
     try:
         async with db.transaction(resources.engine) as connection:
             version = int(await connection.scalar(text("SELECT current_setting('server_version_num')")) or 0) // 10_000
@@ -91,6 +118,9 @@ async def _examine_postgres(resources: Resources) -> AsyncIterator[Finding]:
                 name: await connection.scalar(text("SELECT current_setting(:name)"), {"name": name})
                 for name in ("fsync", "synchronous_commit")
             }
+            asked = clock()
+            theirs = await connection.scalar(text("SELECT clock_timestamp()"))
+            answered = clock()
     except db.STORAGE_ERRORS as error:
         yield bad("PostgreSQL", f"{_brief(error)}; is DATABASE_URL right, and the server up?")
         return
@@ -109,14 +139,19 @@ async def _examine_postgres(resources: Resources) -> AsyncIterator[Finding]:
         yield bad("PostgreSQL's disk", f"{' and '.join(unsafe)} must not be off: a crash would lose what was answered")
     else:
         yield good("PostgreSQL's disk", "commits are on disk before they are answered")
+    assert isinstance(theirs, datetime)
+    yield _examine_clock("PostgreSQL", theirs, asked, answered)
 
 
 # Redis
 
 
-async def _examine_redis(resources: Resources) -> AsyncIterator[Finding]:
+async def _examine_redis(resources: Resources, clock: Callable[[], datetime]) -> AsyncIterator[Finding]:
     try:
         info: Mapping[str, Any] = await resources.redis.info()
+        asked = clock()
+        seconds, microseconds = await resources.redis.time()
+        answered = clock()
     except REDIS_ERRORS as error:
         yield bad(
             "Redis", f"{_brief(error)}; is REDIS_URL right, and the server up? Usage goes to PostgreSQL meanwhile"
@@ -131,11 +166,42 @@ async def _examine_redis(resources: Resources) -> AsyncIterator[Finding]:
         yield bad("Redis's disk", "set `appendonly yes`: without it usage goes to PostgreSQL directly, and slower")
     else:
         yield await _examine_fsync(resources)
-    policy = info.get("maxmemory_policy", "noeviction")
+    yield _examine_memory(info, resources.settings.usage_buffer_max_bytes)
+    yield await _examine_ids(resources)
+    yield _examine_clock(
+        "Redis", datetime.fromtimestamp(seconds, UTC).replace(microsecond=microseconds), asked, answered
+    )
+
+
+def _examine_memory(info: Mapping[str, Any], buffer_bytes: int) -> Finding:
+    policy, most = info.get("maxmemory_policy", "noeviction"), int(info.get("maxmemory", 0))
+    used = int(info.get("used_memory", 0))
     if policy != "noeviction":
-        yield bad("Redis's memory", f"`maxmemory-policy` is {policy}: it must be noeviction, or waiting usage is lost")
-    else:
-        yield good("Redis's memory", "nothing is evicted")
+        return bad("Redis's memory", f"`maxmemory-policy` is {policy}: it must be noeviction, or waiting usage is lost")
+    if most and most <= buffer_bytes:
+        return bad(
+            "Redis's memory",
+            f"`maxmemory` is {_mib(most)}, no more than TALLYSTICK_USAGE_BUFFER_MAX_BYTES: raise the one, or lower the"
+            " other, or ids find no room",
+        )
+    if most and used > FULLEST_REDIS * most:
+        return bad("Redis's memory", f"{_mib(used)} of {_mib(most)} are in use: raise `maxmemory`")
+    limit = f" of {_mib(most)}" if most else ", without a `maxmemory`"
+    return good("Redis's memory", f"nothing is evicted; {_mib(used)}{limit} in use")
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB"
+
+
+async def _examine_ids(resources: Resources) -> Finding:
+    """What remembering the ids of usage events costs."""
+    try:
+        size, number = await measure_ids(resources.redis)
+    except REDIS_ERRORS as error:
+        return bad("usage ids", f"their memory cannot be measured ({_brief(error)}); are SCAN and MEMORY allowed?")
+    cost = f"about {round(size / number)} bytes each, measured" if number else "no ids yet"
+    return good("usage ids", f"{cost}; remembered for at least {resources.settings.usage_dedupe_hours} h")
 
 
 async def _examine_fsync(resources: Resources) -> Finding:
@@ -151,7 +217,7 @@ async def _examine_fsync(resources: Resources) -> Finding:
 # Stripe
 
 
-async def _examine_stripe(resources: Resources, clock: Callable[[], datetime]) -> AsyncIterator[Finding]:
+async def _examine_stripe(resources: Resources, clock: Callable[[], datetime], rules: Rules) -> AsyncIterator[Finding]:
     mode = "live" if resources.settings.livemode else "test"
     asked = clock()
     try:
@@ -163,28 +229,26 @@ async def _examine_stripe(resources: Resources, clock: Callable[[], datetime]) -
             yield bad("Stripe", f"{_brief(error)}; can {resources.settings.stripe_api_base} be reached from here?")
         return
     yield good("Stripe", f"the key works, in {mode} mode")
-    yield _examine_clock(answer.headers.get("date"), asked, clock())
+    yield _examine_stripes_clock(answer.headers.get("date"), asked, clock())
     try:
         yield _examine_endpoints(await list_endpoints(Reader(resources)), mode)
     except STRIPE_ERRORS as error:
         yield bad("webhook endpoint", f"it cannot be looked at ({_brief(error)}); may the key read webhook endpoints?")
     try:
-        yield await _examine_meters(resources)
+        yield await _examine_meters(resources, rules)
     except STRIPE_ERRORS as error:
         yield bad("meters", f"they cannot be listed ({_brief(error)}); may the key read billing meters?")
+    try:
+        yield await _examine_portal(resources, mode)
+    except STRIPE_ERRORS as error:
+        yield bad("portal", f"it cannot be looked at ({_brief(error)}); may the key read portal configurations?")
 
 
-def _examine_clock(date: str | None, asked: datetime, answered: datetime) -> Finding:
+def _examine_stripes_clock(date: str | None, asked: datetime, answered: datetime) -> Finding:
     if date is None:
-        return good("clock", "Stripe did not tell its time")
+        return good("Stripe's clock", "it was not told")
     # The header has whole seconds: Stripe's clock stood anywhere within that one.
-    stripe = parsedate_to_datetime(date)
-    skew = max(asked - stripe - timedelta(seconds=1), stripe - answered, timedelta(0))
-    if skew > LARGEST_SKEW:
-        return bad(
-            "clock", f"it differs from Stripe's by {skew.total_seconds():.0f} s: webhooks may be refused; use NTP"
-        )
-    return good("clock", "in step with Stripe's")
+    return _examine_clock("Stripe", parsedate_to_datetime(date), asked - timedelta(seconds=1), answered)
 
 
 def _examine_endpoints(endpoints: list[dict[str, Any]], mode: str) -> Finding:
@@ -199,13 +263,34 @@ def _examine_endpoints(endpoints: list[dict[str, Any]], mode: str) -> Finding:
     return good("webhook endpoint", best["url"])
 
 
-async def _examine_meters(resources: Resources) -> Finding:
-    page, _ = await Reader(resources).page("/v1/billing/meters", None, status="active")
-    refused = [reason for listed in page if (reason := _meter_of(listed).refusal()) is not None]
-    usable = len(page) - len(refused)
+async def _examine_meters(resources: Resources, rules: Rules) -> Finding:
+    listed, cursor = await Reader(resources).page("/v1/billing/meters", None, status="active")
+    while cursor is not None:
+        page, cursor = await Reader(resources).page("/v1/billing/meters", cursor, status="active")
+        listed += page
+    meters = {meter.event_name: meter for meter in map(_meter_of, listed)}
+    unfit = list_unfit(meters, rules.meters)
+    names = meters.keys() | {name for name, meter in rules.meters.items() if meter.sender == "usage_records"}
+    usable = names - unfit.keys()
     if not usable:
-        return bad("meters", " ".join(refused) or "there is none: make one at Stripe before usage is sent")
-    return good("meters", " ".join([f"{usable} can be used.", *refused]))
+        return bad("meters", " ".join(unfit.values()) or "there is none: make one at Stripe before usage is sent")
+    # What the rules file asks for and does not get is a mistake; a meter that it does not name may be another's.
+    finding = bad if unfit.keys() & rules.meters.keys() else good
+    return finding("meters", " ".join([f"{len(usable)} can be used.", *unfit.values()]))
+
+
+async def _examine_portal(resources: Resources, mode: str) -> Finding:
+    """The settings of Stripe's customer portal (https://docs.stripe.com/api/customer_portal/configurations/list)."""
+    page, _ = await Reader(resources).page("/v1/billing_portal/configurations", None, active="true", is_default="true")
+    if not page:
+        return bad(
+            "portal",
+            f"there is no default configuration in {mode} mode, so sessions must name one: save the settings of the"
+            " customer portal in Stripe's Dashboard",
+        )
+    if not resources.settings.portal_return_origins:
+        return good("portal", "it has a default configuration; TALLYSTICK_PORTAL_RETURN_ORIGINS allows no return_url")
+    return good("portal", "it has a default configuration")
 
 
 def _meter_of(listed: Mapping[str, Any]) -> Meter:
@@ -239,6 +324,13 @@ async def _examine_events(resources: Resources, now: datetime) -> AsyncIterator[
             text("SELECT count(*) FROM stripe_events WHERE verdict = 'quarantined'"),
         )
         syncing = await connection.scalar(text("SELECT started_at FROM mirror_sync WHERE finished_at IS NULL"))
+        no_session = await connection.scalar(
+            text("""
+                SELECT reason FROM usage_deliveries
+                 WHERE state = 'pending' AND sender = 'meter_event_stream' AND starts_with(reason, 'no_stream_session')
+                 LIMIT 1
+            """)
+        )
     if quarantined:
         yield bad(
             "quarantine", f"{quarantined} events could not be handled: upgrade, then tallystick replay --quarantined"
@@ -247,6 +339,50 @@ async def _examine_events(resources: Resources, now: datetime) -> AsyncIterator[
         yield good("quarantine", "empty")
     if syncing is not None:
         yield bad("sync", f"the one begun at {_minute(syncing)} has not finished: tallystick sync goes on with it")
+    if no_session is not None:
+        live = "" if resources.settings.livemode else "it is for live mode only; "
+        yield bad("meter event stream", f"Stripe gives no session ({no_session}): {live}use the sender meter_events")
+
+
+# What runs beside it
+
+
+async def _examine_worker(resources: Resources, now: datetime) -> AsyncIterator[Finding]:
+    """Whether every loop ended a run well lately, on any worker. Said by Redis; that it is away was said before."""
+    try:
+        ended = await read_last_done(resources.redis)
+    except REDIS_ERRORS:
+        return
+    late = [
+        loop.name
+        for loop in LOOPS
+        if now - ended.get(loop.name, NEVER) > max(LOOP_LATE_AFTER, timedelta(seconds=3 * loop.every_seconds))
+    ]
+    if len(late) == len(LOOPS):
+        yield bad("worker", "no loop has run lately: start `tallystick worker`")
+    elif late:
+        yield bad("worker", f"no run without an error lately of {', '.join(late)}: see `loop_failed` in its log")
+    else:
+        yield good("worker", f"all {len(LOOPS)} loops run")
+
+
+async def _examine_receiver(endpoint: NotificationEndpoint) -> Finding:
+    """Whether the receiver's address may be used and lets us connect. Nothing is sent: it might do something."""
+    part, url = f"receiver {endpoint.name}", urlsplit(endpoint.url)
+    host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
+    try:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            addresses = await resolve(host, port, allow_private_network=endpoint.allow_private_network)
+            tls = url.scheme == "https"
+            _, writer = await asyncio.open_connection(
+                addresses[0], port, ssl=True if tls else None, server_hostname=host if tls else None
+            )
+    except AddressRefused as refused:
+        return bad(part, f"{host} is at {refused}, inside a private network: see allow_private_network in its entry")
+    except (OSError, TimeoutError) as error:
+        return bad(part, f"{host}:{port} does not let us connect ({type(error).__name__}); notifications wait")
+    writer.close()
+    return good(part, f"{host}:{port} lets us connect")
 
 
 def _minute(at: datetime) -> str:

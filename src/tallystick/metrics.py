@@ -1,10 +1,29 @@
 """The metrics of a process: counters of what it did, and gauges of the queues, which the worker measures."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+
+from tallystick import __version__
 
 REGISTRY = CollectorRegistry()
 
+BUILD = Info("tallystick_build", "Which release this is.", registry=REGISTRY)
+BUILD.info({"version": __version__})
+
 _SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+
+HTTP_REQUEST_SECONDS = Histogram(
+    "tallystick_http_request_seconds",
+    "Requests by the template of their route and the class of their answer: 2xx, 4xx, 5xx, none (hung up before).",
+    ["method", "route", "status"],
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10),
+    registry=REGISTRY,
+)
+DATABASE_CONNECTIONS = Gauge(
+    "tallystick_database_connections", "Connections to PostgreSQL that are in use.", registry=REGISTRY
+)
+DATABASE_POOL_SIZE = Gauge(
+    "tallystick_database_pool_size", "Connections to PostgreSQL that this process may use.", registry=REGISTRY
+)
 
 WEBHOOK_EVENTS = Counter("tallystick_webhook_events", "Stripe events, by verdict.", ["verdict"], registry=REGISTRY)
 WEBHOOK_REFUSED = Counter(
@@ -71,26 +90,56 @@ NOTIFICATION_TRIES = Counter(
     registry=REGISTRY,
 )
 LOOP_RUNS = Counter("tallystick_loop_runs", "Runs of a background loop.", ["loop", "outcome"], registry=REGISTRY)
-
-BUFFER_BYTES = Gauge("tallystick_buffer_bytes", "Usage waiting in Redis for the ledger, in bytes.", registry=REGISTRY)
-UNSEALED_TOTALS = Gauge("tallystick_unsealed_totals", "Totals with usage not yet sealed.", registry=REGISTRY)
-UNLINKED_TOTALS = Gauge(
-    "tallystick_unlinked_totals",
-    "Totals whose customer reference is not linked to a Stripe customer.",
+LOOP_LAST_DONE = Gauge(
+    "tallystick_loop_last_done_seconds",
+    "Unix time at which a loop's last run ended without an error.",
+    ["loop"],
     registry=REGISTRY,
 )
-DELIVERIES_BY_STATE = Gauge("tallystick_deliveries_by_state", "Deliveries, by state.", ["state"], registry=REGISTRY)
-OLDEST_PENDING_SECONDS = Gauge(
-    "tallystick_oldest_pending_delivery_seconds", "Age of the oldest delivery not yet sent.", registry=REGISTRY
+
+QUEUE_LENGTH = Gauge(
+    "tallystick_queue_length", "How much waits in a queue; docs/operations.md names them.", ["queue"], registry=REGISTRY
+)
+QUEUE_OLDEST_SECONDS = Gauge(
+    "tallystick_queue_oldest_seconds",
+    "For how long the oldest of it has waited; 0 if none.",
+    ["queue"],
+    registry=REGISTRY,
+)
+BUFFER_BYTES = Gauge("tallystick_buffer_bytes", "Usage waiting in Redis for the ledger, in bytes.", registry=REGISTRY)
+BUFFER_LIMIT_BYTES = Gauge("tallystick_buffer_limit_bytes", "Above this, new usage is answered 429.", registry=REGISTRY)
+DELIVERIES_BY_STATE = Gauge(
+    "tallystick_deliveries_by_state",
+    "Deliveries that are not at their end: pending, sending, sent (and not confirmed), parked.",
+    ["state"],
+    registry=REGISTRY,
 )
 CONSERVATION_DIFFERENCE = Gauge(
     "tallystick_conservation_difference",
     "Quantity in the ledger minus quantity in all named states; anything but 0 is a bug.",
     registry=REGISTRY,
 )
-EVENTS_QUARANTINED = Gauge("tallystick_events_quarantined", "Stripe events in quarantine.", registry=REGISTRY)
-USAGE_CONFLICTS = Gauge(
-    "tallystick_usage_conflicts", "Accepted events whose id the ledger held with another body.", registry=REGISTRY
+DRIFTS_OPEN = Gauge(
+    "tallystick_usage_drifts_open",
+    "Hours of a customer's meter in which Stripe's summary says something else than what was sent.",
+    registry=REGISTRY,
+)
+UNCONFIRMED_DELIVERIES = Gauge(
+    "tallystick_unconfirmed_deliveries",
+    "Deliveries that Stripe took more than 24 hours ago and that its summaries do not show.",
+    registry=REGISTRY,
+)
+UNBILLED_EVENTS = Gauge(
+    "tallystick_unbilled_events",
+    "Usage events of billing periods that have ended, which Stripe was not told yet.",
+    registry=REGISTRY,
+)
+LATE_USAGE_EVENTS = Gauge(
+    "tallystick_late_usage_events",
+    "Usage events that came too late for their invoice: parked, carried into the next period, or taken by Stripe"
+    " after the invoice was final.",
+    ["kind"],
+    registry=REGISTRY,
 )
 NOTIFICATIONS_BY_STATE = Gauge(
     "tallystick_notifications_by_state", "Notifications, once an endpoint: waiting, dead.", ["state"], registry=REGISTRY

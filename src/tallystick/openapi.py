@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from tallystick.usage.events import MAX_AGE, MAX_AHEAD, MAX_DECIMALS, MAX_DIGITS, MAX_EVENTS, MAX_TEXT
+from tallystick.usage.events import MAX_AGE, MAX_AHEAD, MAX_DECIMALS, MAX_DIGITS, MAX_EVENTS, MAX_PROPERTIES, MAX_TEXT
 from tallystick.usage.formats import CLOUDEVENT, CLOUDEVENTS_BATCH, JSON, NDJSON
 
 PROBLEM = {
@@ -34,7 +34,7 @@ SCHEMAS: dict[str, Any] = {
         "properties": {
             "id": _TEXT | {"description": "Yours, unique for each use; repeats of it count once."},
             "customer": _TEXT | {"description": "Your own reference of the customer, or its `cus_…` id."},
-            "meter": _TEXT | {"description": "The `event_name` of a Stripe meter with the formula sum."},
+            "meter": _TEXT | {"description": "The `event_name` of a Stripe meter."},
             "value": {
                 "oneOf": [{"type": "number"}, {"type": "string"}],
                 "default": 1,
@@ -44,6 +44,12 @@ SCHEMAS: dict[str, Any] = {
                 "oneOf": [{"type": "string", "format": "date-time"}, {"type": "number"}],
                 "description": "When it was used: RFC 3339 with a time zone, or Unix seconds; at most"
                 f" {MAX_AGE.days} days ago and {MAX_AHEAD.seconds // 60} minutes ahead. Default: when it is received.",
+            },
+            "properties": {
+                "type": "object",
+                "maxProperties": MAX_PROPERTIES,
+                "additionalProperties": _TEXT,
+                "description": "Those that the meter's rules declare.",
             },
         },
     },
@@ -63,7 +69,7 @@ SCHEMAS: dict[str, Any] = {
                 "type": "object",
                 "required": ["value"],
                 "properties": {"value": {"$ref": "#/components/schemas/UsageEvent/properties/value"}},
-                "description": "Without it, the value is 1. Other members are ignored.",
+                "description": "Without it, the value is 1. Members that the meter's rules declare are properties.",
             },
         },
     },
@@ -223,6 +229,35 @@ PATHS: dict[str, Any] = {
             "responses": _WEBHOOK["responses"] | {"404": PROBLEM},
         }
     },
+    "/v1/customers/{ref}/access": {
+        "get": {
+            "tags": ["customers"],
+            "summary": "Ask for a customer's access",
+            "description": "Whether the customer may use the product. Needs the scope `access:read`. With the answer's"
+            " `ETag` in `If-None-Match` the answer is 304 while nothing has changed.",
+            "operationId": "get_access",
+            "security": [{"HTTPBearer": []}],
+            "parameters": [
+                {
+                    "name": "ref",
+                    "in": "path",
+                    "required": True,
+                    "description": "The product's own reference, or a `cus_…` id.",
+                    "schema": _TEXT,
+                    "example": "acme",
+                }
+            ],
+            "responses": {
+                "200": {
+                    "description": "The access",
+                    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/CustomerAccess"}}},
+                },
+                "304": {"description": "It is still what the ETag says"},
+                "404": {"description": "No customer is known by this name"},
+                "422": PROBLEM,
+            },
+        }
+    },
     "/healthz": {
         "get": {
             "tags": ["operation"],
@@ -278,6 +313,7 @@ def _answer_with_problems(operation: dict[str, Any]) -> None:
     if operation.get("security"):
         responses.setdefault("401", PROBLEM)
         responses.setdefault("403", PROBLEM)
+        responses.setdefault("429", PROBLEM)  # for keys with a limit
         responses.setdefault("503", PROBLEM)
     for status, response in responses.items():
         if status[0] in "45" and "content" not in response:

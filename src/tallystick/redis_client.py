@@ -14,7 +14,8 @@ CONNECT_TIMEOUT_SECONDS = 1
 # All keys share one hash tag, so that a Cluster keeps them in one slot and one script may touch them together.
 KEY_TAG = "{tallystick}"
 
-REDIS_ERRORS = (RedisError, OSError, TimeoutError)
+# uvloop says RuntimeError of a connection that was cut between two steps of opening it.
+REDIS_ERRORS = (RedisError, OSError, TimeoutError, RuntimeError)
 
 
 def create_redis(settings: Settings) -> Redis:

@@ -8,8 +8,9 @@ from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncEngine
 from stripe import StripeClient
 
-from tallystick import db, redis_client, stripe_gateway
+from tallystick import db, redis_client, stripe_gateway, tracing
 from tallystick.config import Settings
+from tallystick.metrics import DATABASE_CONNECTIONS, DATABASE_POOL_SIZE
 from tallystick.rules import RulesFile
 
 
@@ -22,6 +23,7 @@ class Resources:
     redis: Redis
     stripe: StripeClient
     rules: RulesFile
+    meter_event_session: stripe_gateway.MeterEventSession
 
 
 @asynccontextmanager
@@ -32,8 +34,11 @@ async def open_resources(settings: Settings, *, application_name: str) -> AsyncI
     redis = redis_client.create_redis(settings)
     stripe_connections = stripe_gateway.create_http_client(settings)
     stripe = stripe_gateway.create_stripe(settings, stripe_connections)
+    DATABASE_POOL_SIZE.set(settings.database_pool_size)
+    DATABASE_CONNECTIONS.set_function(engine.pool.checkedout)  # type: ignore[attr-defined]  # of the pool that it has
     try:
-        yield Resources(settings, engine, redis, stripe, rules)
+        with tracing.export_spans(settings.otel_endpoint, application_name):
+            yield Resources(settings, engine, redis, stripe, rules, stripe_gateway.MeterEventSession(stripe))
     finally:
         await stripe_gateway.close(stripe_connections)
         await redis.aclose()

@@ -3,21 +3,36 @@
     [access]                      what each status of a subscription means for the customer
     [webhooks.NAME]               further webhook endpoints, each with its secrets, mode and account
     [[notifications]]             where the product wants to be told of changes
+    [meters.NAME]                 what is known of a meter beside what Stripe says of it
+    [usage]                       what is done with usage that comes too late for its invoice
 
 Without the file the defaults hold. A running service reads a changed file again within `REREAD_EVERY`, so secrets
 can be rolled without a restart; a file that has become wrong is reported and the last good one kept.
 """
 
 import base64
+import builtins
+import re
 import tomllib
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 import structlog
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from tallystick.errors import SettingsError
 
@@ -26,7 +41,14 @@ log = structlog.get_logger()
 REREAD_EVERY = timedelta(seconds=5)
 
 Access = Literal["active", "grace", "restricted", "none"]
-NotificationType = Literal["access.changed", "subscription.changed", "invoice.payment_failed", "usage.parked"]
+NotificationType = Literal[
+    "access.changed",
+    "subscription.changed",
+    "invoice.payment_failed",
+    "usage.parked",
+    "usage.correction_proposed",
+    "usage.threshold_reached",
+]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")]
 
 
@@ -60,6 +82,76 @@ class WebhookEndpoint(_Section):
         if any(len(secret.get_secret_value()) < 8 for secret in secrets):
             raise ValueError("each secret must have at least 8 characters, as in whsec_…")
         return secrets
+
+
+def _read_quantity(given: Any) -> Decimal:
+    # TOML's own decimals are floats, which are not exact; and Decimal() also takes "NaN" and "1_000".
+    if isinstance(given, str) and QUANTITY.fullmatch(given):
+        return Decimal(given)
+    if isinstance(given, int) and not isinstance(given, bool):
+        return Decimal(given)
+    raise ValueError('a quantity is written as a string of digits, as in "0.5", or as a whole number')
+
+
+QUANTITY = re.compile(r"[0-9]{1,15}(\.[0-9]{1,12})?")
+Quantity = Annotated[Decimal, BeforeValidator(_read_quantity), Field(gt=0)]
+
+# Both as in a usage event (usage/events.py): what cannot be sent need not be declared.
+MAX_PROPERTIES = 10
+Text = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$")]
+
+
+class MeterRules(_Section):
+    """What Stripe's meter itself does not say.
+
+    `sender`: how its usage is told to Stripe, if not as `TALLYSTICK_SENDER` says; `usage_records` needs the `price`,
+    for there is no meter at Stripe then. `aggregation`: what is computed here and told to a `last` meter of Stripe's;
+    `unique_count` counts the values of `property`. `properties` may be sent with an event, and grouped by.
+    """
+
+    sender: Literal["meter_events", "meter_event_stream", "usage_records"] | None = None
+    price: Annotated[str, Field(pattern=r"^price_\w+$")] | None = None
+    properties: tuple[Text, ...] = ()
+    aggregation: Literal["max", "unique_count"] | None = None
+    property: Text | None = None
+    thresholds: tuple[Quantity, ...] = ()
+    quota: Quantity | None = None
+
+    @field_validator("thresholds")
+    @classmethod
+    def _thresholds_ascend(cls, thresholds: tuple[Decimal, ...]) -> tuple[Decimal, ...]:
+        if any(one >= next_ for one, next_ in pairwise(thresholds)):
+            raise ValueError("each must be greater than the one before")
+        return thresholds
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.sender == "usage_records" and self.price is None:
+            raise ValueError('sender = "usage_records" needs price = "price_…", whose usage it records')
+        if self.price is not None and self.sender != "usage_records":
+            raise ValueError('price needs sender = "usage_records": other senders tell a meter, and not a price')
+        if self.sender == "usage_records" and self.aggregation is not None:
+            raise ValueError(f'aggregation = "{self.aggregation}" cannot be told by usage records, which add up')
+        if self.aggregation == "unique_count" and self.property is None:
+            raise ValueError('aggregation = "unique_count" needs property = "…", whose values it counts')
+        if self.property is not None and self.aggregation != "unique_count":
+            raise ValueError('property needs aggregation = "unique_count": nothing else reads it')
+        if len(set(self.properties)) < len(self.properties):
+            raise ValueError("properties: one is named twice")
+        if len(self.declared) > MAX_PROPERTIES:
+            raise ValueError(f"an event has at most {MAX_PROPERTIES} properties")
+        return self
+
+    @builtins.property  # a field has the name
+    def declared(self) -> frozenset[str]:
+        """The properties that an event for this meter may have."""
+        return frozenset((*self.properties, *([self.property] if self.property else [])))
+
+
+class UsageRules(_Section):
+    """`late`: usage whose invoice is final is parked, or carried into the open period."""
+
+    late: Literal["park", "carry"] = "park"
 
 
 class NotificationEndpoint(_Section):
@@ -106,6 +198,8 @@ class Rules(_Section):
     access: AccessRules = AccessRules()
     webhooks: dict[Name, WebhookEndpoint] = Field(default_factory=dict)
     notifications: tuple[NotificationEndpoint, ...] = ()
+    meters: dict[Text, MeterRules] = Field(default_factory=dict)
+    usage: UsageRules = UsageRules()
 
     @field_validator("notifications")
     @classmethod
@@ -113,6 +207,15 @@ class Rules(_Section):
         if len({endpoint.name for endpoint in endpoints}) < len(endpoints):
             raise ValueError("two endpoints have the same name")
         return endpoints
+
+    @field_validator("meters")
+    @classmethod
+    def _prices_are_unique(cls, meters: dict[str, MeterRules]) -> dict[str, MeterRules]:
+        # Usage records replace each other: one of the two would erase the other's usage.
+        prices = [meter.price for meter in meters.values() if meter.price is not None]
+        if len(set(prices)) < len(prices):
+            raise ValueError("two meters have the same price")
+        return meters
 
 
 def load_rules(path: Path | None) -> Rules:

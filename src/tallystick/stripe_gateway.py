@@ -1,10 +1,15 @@
-"""Stripe's SDK: one client, pinned version, and its errors translated once."""
+"""Stripe's SDK: one client, pinned version, its errors translated once, and the session of the meter event stream."""
 
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import stripe
 from stripe import StripeClient
 
+from tallystick import tracing
 from tallystick.config import Settings
 from tallystick.errors import Problem, StripeRefused, Unavailable
 
@@ -13,10 +18,26 @@ API_VERSION: Final = "2026-10-28.endive"
 
 STRIPE_ERRORS = (stripe.StripeError,)
 
+# Longer than a request under the old token may take, whatever its time-out.
+RENEW_BEFORE_THE_END = timedelta(minutes=2)
+LONG_AGO = datetime.min.replace(tzinfo=UTC)
+
+
+class TracedClient(stripe.HTTPXClient):
+    """Stripe's connections, with a span around each call: method and status only, for the path names customers."""
+
+    async def request_async(
+        self, method: str, url: str, headers: Mapping[str, str], post_data: Any = None
+    ) -> tuple[Any, int, Mapping[str, str]]:
+        with tracing.span("Stripe", **{"http.request.method": method.upper()}) as span:
+            answered: tuple[Any, int, Mapping[str, str]] = await super().request_async(method, url, headers, post_data)
+            span.set_attribute("http.response.status_code", answered[1])
+            return answered
+
 
 def create_http_client(settings: Settings) -> stripe.HTTPXClient:
     """The connections to Stripe, to be closed with `close`."""
-    return stripe.HTTPXClient(timeout=settings.stripe_timeout_seconds)
+    return TracedClient(timeout=settings.stripe_timeout_seconds)
 
 
 async def close(http_client: stripe.HTTPXClient) -> None:
@@ -37,6 +58,35 @@ def create_stripe(settings: Settings, http_client: stripe.HTTPXClient) -> Stripe
         max_network_retries=0,
         http_client=http_client,
     )
+
+
+@dataclass
+class MeterEventSession:
+    """The token of the meter event stream. It lasts 15 minutes, and this process uses it for all requests."""
+
+    client: StripeClient
+    token: str = ""
+    expires_at: datetime = LONG_AGO
+    renewing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def current(self, now: datetime, *, not_this: str | None = None) -> str:
+        """A token that is good for some minutes from `now`; another one than `not_this`. Raises Stripe's errors.
+
+        (https://docs.stripe.com/api/v2/billing/meter-event-stream)
+        """
+        async with self.renewing:
+            if self.token in ("", not_this) or self.expires_at <= now + RENEW_BEFORE_THE_END:
+                session = await self.client.v2.billing.meter_event_session.create_async()
+                self.token = session.authentication_token
+                self.expires_at = datetime.fromisoformat(session.expires_at)
+            return self.token
+
+
+def request_id(answered: stripe.StripeError | stripe.StripeObject) -> str | None:
+    """Stripe's own name of a request, from its answer: what Stripe's support and logs know it by."""
+    if isinstance(answered, stripe.StripeError):
+        return answered.request_id
+    return answered.last_response.request_id if answered.last_response is not None else None
 
 
 def error_code(error: stripe.StripeError) -> str | None:

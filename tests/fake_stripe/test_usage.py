@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -151,6 +152,24 @@ def test_unknown_customer_and_archived_meter_are_reported_by_thin_event(fake: Fa
     assert codes.keys() == {"meter_event_customer_not_found", "archived_meter"}
     assert notification.fetch_related_object().id == meter
     assert total(fake, meter, customer) == []
+
+
+def test_thin_events_are_listed_by_page_type_object_and_time(fake: Fake) -> None:
+    meters = [fake.meter("calls"), fake.meter("other")]
+    for event_name in ("calls", "other"):
+        payload = {"stripe_customer_id": "cus_nobody", "value": "1"}
+        fake.client.v1.billing.meter_events.create({"event_name": event_name, "payload": payload})
+        fake.move(fake.now() + 60)
+    events = fake.client.v2.core.events
+    name = "v1.billing.meter.error_report_triggered"
+    listed = [event.id for event in events.list({"limit": 1, "types": [name]}).auto_paging_iter()]
+    assert len(set(listed)) == 2
+    assert [event.id for event in events.list({"object_id": meters[0]}).data] == listed[1:]
+    second = datetime.fromtimestamp(START + 120, UTC).isoformat()
+    assert [event.id for event in events.list({"created": {"gte": second}}).data] == listed[:1]
+    assert events.list({"types": ["v1.billing.meter.no_meter_found"]}).data == []
+    fake.move(START + 31 * DAY)
+    assert events.list().data == []
 
 
 def test_stream_takes_events_with_a_session_token_and_checks_them_later(fake: Fake, receiver: Receiver) -> None:

@@ -1,5 +1,6 @@
 """The doctor says of each part that it is good, or how to mend it."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -7,14 +8,18 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from tallystick import db
+from tallystick import db, loops
 from tallystick.dev.embedded import EmbeddedPostgres
 from tallystick.doctor import Finding, examine
+from tallystick.loops import LAST_DONE, Loop, read_last_done, run_loops
 from tallystick.resources import Resources
 from tallystick.webhooks.endpoint_setup import set_up_endpoint
 from tallystick.webhooks.recovery import recover
+from tallystick.worker import LOOPS
 from tests.conftest import Servers
+from tests.notifications.receiving import SECRET
 from tests.recovery.shop import Shop
+from tests.waiting import wait_until
 
 URL = "https://billing.example.com/webhooks/stripe"
 
@@ -40,7 +45,11 @@ async def healthy(
         {"display_name": "Calls", "event_name": "calls", "default_aggregation": {"formula": "sum"}}
     )
     await set_up_endpoint(resources, URL)
+    customer = await shop.stripe.client.v1.customers.create_async()
+    # The fake Stripe makes the portal's default configuration when it is first needed.
+    await shop.stripe.client.v1.billing_portal.sessions.create_async({"customer": customer.id})
     await recover(resources, datetime.now(UTC))
+    await note_runs(resources, datetime.now(UTC), *(loop.name for loop in LOOPS))
     await resources.redis.config_set("appendfsync", "everysec")
     yield resources
     await resources.redis.config_set("appendfsync", "no")
@@ -55,6 +64,10 @@ async def wrong() -> dict[str, str]:
     """What is wrong, but for the disk of the tests' PostgreSQL."""
     found = await findings()
     return {part: one.text for part, one in found.items() if not one.good and part != "PostgreSQL's disk"}
+
+
+async def note_runs(resources: Resources, at: datetime, *loops: str) -> None:
+    await resources.redis.hset(LAST_DONE, mapping=dict.fromkeys(loops, int(at.timestamp())))
 
 
 async def change(resources: Resources, statement: str) -> None:
@@ -72,15 +85,20 @@ async def test_everything_that_is_good_is_said_to_be_good(healthy: Resources) ->
         "PostgreSQL",
         "schema",
         "PostgreSQL's disk",
+        "PostgreSQL's clock",
         "Redis",
         "Redis's disk",
         "Redis's memory",
+        "usage ids",
+        "Redis's clock",
         "Stripe",
-        "clock",
+        "Stripe's clock",
         "webhook endpoint",
         "meters",
+        "portal",
         "events",
         "quarantine",
+        "worker",
     ]
     assert found["webhook endpoint"].text == URL
     assert found["Stripe"].text == "the key works, in test mode"
@@ -169,7 +187,12 @@ async def test_the_endpoint_must_have_the_handled_types(healthy: Resources, shop
 async def test_a_meter_is_needed_and_must_be_one_that_can_be_used(healthy: Resources, shop: Shop) -> None:
     services = shop.stripe.client.v1.billing.meters
     await services.create_async(
-        {"display_name": "Seats", "event_name": "seats", "default_aggregation": {"formula": "last"}}
+        {
+            "display_name": "Seats",
+            "event_name": "seats",
+            "default_aggregation": {"formula": "sum"},
+            "event_time_window": "day",
+        }
     )
     assert await wrong() == {}
 
@@ -178,11 +201,82 @@ async def test_a_meter_is_needed_and_must_be_one_that_can_be_used(healthy: Resou
     assert "seats" in (await wrong())["meters"]
 
 
-async def test_a_clock_that_is_wrong_is_found(healthy: Resources) -> None:
+async def test_a_clock_that_is_wrong_is_found_by_all_three(healthy: Resources) -> None:
     for ahead in (timedelta(minutes=2), timedelta(minutes=-2)):
         found = await findings(clock=lambda ahead=ahead: datetime.now(UTC) + ahead)
-        assert not found["clock"].good
-        assert "NTP" in found["clock"].text
+        for part in ("PostgreSQL's clock", "Redis's clock", "Stripe's clock"):
+            assert not found[part].good
+            assert "NTP" in found[part].text
+
+
+async def test_a_portal_without_a_default_configuration_is_found(healthy: Resources, shop: Shop) -> None:
+    services = shop.stripe.client.v1.billing_portal.configurations
+    [default] = (await services.list_async({"is_default": True})).data
+    await services.update_async(default.id, {"active": False})
+    assert "Dashboard" in (await wrong())["portal"]
+
+
+async def test_redis_must_have_room_for_the_usage_that_may_wait(
+    healthy: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await healthy.redis.setrange("filler", 8 * 2**20, "x")
+    used = int((await healthy.redis.info("memory"))["used_memory"])
+    monkeypatch.setenv("TALLYSTICK_USAGE_BUFFER_MAX_BYTES", str(2**20))
+    try:
+        await healthy.redis.config_set("maxmemory", int(used * 1.2))
+        assert "raise" in (await wrong())["Redis's memory"]
+        monkeypatch.setenv("TALLYSTICK_USAGE_BUFFER_MAX_BYTES", str(2**30))
+        await healthy.redis.config_set("maxmemory", 2**29)
+        assert "TALLYSTICK_USAGE_BUFFER_MAX_BYTES" in (await wrong())["Redis's memory"]
+    finally:
+        await healthy.redis.config_set("maxmemory", 0)
+
+
+async def test_a_worker_that_is_away_and_a_loop_that_only_fails_are_found(healthy: Resources) -> None:
+    await note_runs(healthy, datetime.now(UTC) - timedelta(minutes=3), "drain", "conservation")
+    assert await wrong() == {"worker": "no run without an error lately of drain: see `loop_failed` in its log"}
+
+    await healthy.redis.delete(LAST_DONE)
+    assert "start `tallystick worker`" in (await wrong())["worker"]
+
+
+async def test_the_loops_note_when_they_last_ended_well(healthy: Resources, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loops, "NOTE_EVERY_SECONDS", 0.01)
+    await healthy.redis.delete(LAST_DONE)
+    stop = asyncio.Event()
+
+    async def work(resources: Resources, now: datetime) -> int:
+        return 0
+
+    async def fail(resources: Resources, now: datetime) -> int:
+        raise OSError
+
+    async def noted() -> bool:
+        return bool(await read_last_done(healthy.redis))
+
+    running = asyncio.create_task(run_loops(healthy, [Loop("works", 60, work), Loop("fails", 60, fail)], stop))
+    await wait_until(noted)
+    stop.set()
+    await running
+
+    [(name, at)] = (await read_last_done(healthy.redis)).items()
+    assert name == "works"
+    assert datetime.now(UTC) - at < timedelta(minutes=1)
+
+
+async def test_receivers_of_notifications_must_let_us_connect(
+    healthy: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_stripe_url: str
+) -> None:
+    rules = tmp_path / "rules.toml"
+    receivers = {"up": fake_stripe_url, "down": "http://127.0.0.1:1"}
+    entry = '[[notifications]]\nname = "{}"\nurl = "{}"\nallow_private_network = true\nsecrets = ["{}"]\n'
+    rules.write_text("".join(entry.format(name, url, SECRET) for name, url in receivers.items()))
+    monkeypatch.setenv("TALLYSTICK_RULES_FILE", str(rules))
+    assert list(await wrong()) == ["receiver down"]
+    assert (await findings())["receiver up"].good
+
+    rules.write_text(f'[[notifications]]\nname = "inside"\nurl = "https://localhost/hooks"\nsecrets = ["{SECRET}"]\n')
+    assert "allow_private_network" in (await wrong())["receiver inside"]
 
 
 async def test_events_must_be_complete(healthy: Resources) -> None:

@@ -62,6 +62,47 @@ async def make_meter(resources: Resources, event_name: str = METER, **changed: s
         )
 
 
+async def run(resources: Resources, statement: str, **values: object) -> None:
+    async with db.transaction(resources.engine) as connection:
+        await connection.execute(text(statement), values)
+
+
+async def make_period(
+    resources: Resources, start: datetime, end: datetime, *, customer: str = CUSTOMER, meter: str = METER
+) -> None:
+    """A billing period of the customer's subscription, whose price is of the meter."""
+    await run(
+        resources,
+        "INSERT INTO prices (id, meter) SELECT 'price_' || id, id FROM meters WHERE event_name = :meter"
+        " ON CONFLICT DO NOTHING",
+        meter=meter,
+    )
+    await run(
+        resources,
+        "INSERT INTO billing_periods (item, price, period_start, period_end, subscription, customer)"
+        " SELECT 'si_1', 'price_' || id, :start, :end, 'sub_' || CAST(:customer AS text), :customer"
+        "   FROM meters WHERE event_name = :meter",
+        start=start,
+        end=end,
+        customer=customer,
+        meter=meter,
+    )
+
+
+async def make_invoice(resources: Resources, *, customer: str = CUSTOMER, finalized_at: datetime | None = None) -> None:
+    """The invoice of the customer's only billing period: a draft, or finalized."""
+    await run(
+        resources,
+        "INSERT INTO invoices (id, customer, subscription, status, billing_reason, period_start, period_end, created,"
+        " finalized_at)"
+        " SELECT 'in_1', customer, subscription, :status, 'subscription_cycle', period_start, period_end, period_end,"
+        " :finalized_at FROM billing_periods WHERE customer = :customer",
+        customer=customer,
+        status="open" if finalized_at else "draft",
+        finalized_at=finalized_at,
+    )
+
+
 async def read_all(resources: Resources, query: str) -> list[tuple[object, ...]]:
     async with db.transaction(resources.engine) as connection:
         return [tuple(row) for row in await connection.execute(text(query))]
@@ -70,7 +111,7 @@ async def read_all(resources: Resources, query: str) -> list[tuple[object, ...]]
 async def conservation(resources: Resources) -> Conservation:
     async with db.transaction(resources.engine) as connection:
         counted = await count_conservation(connection)
-    assert counted.difference == 0
+    assert counted.holds
     return counted
 
 

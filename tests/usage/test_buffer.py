@@ -1,6 +1,8 @@
 import asyncio
+import json
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from typing import cast
 
 import pytest
 from redis.asyncio import Redis
@@ -57,6 +59,26 @@ async def test_only_new_events_are_appended_and_they_come_out_as_they_went_in(re
     await acknowledge(resources.redis, entries)
     await acknowledge(resources.redis, entries)
     assert await buffered_bytes(resources.redis) == 0
+
+
+async def test_properties_lie_in_the_stream_and_what_an_older_release_left_there_is_read_too(
+    resources: Resources,
+) -> None:
+    plain_event = make_event("plain", at=HOUR_AGO)
+    event = plain_event._replace(id="e", properties=(("region", "eu"), ("user", "ann")))
+    await claim(resources.redis, plain_event, event)
+    ((_, fields),) = cast("list[tuple[bytes, dict[bytes, bytes]]]", await resources.redis.xrange(buffer.STREAM))
+    assert [len(written) for written in json.loads(fields[b"events"])] == [8, 9]
+    assert buffer.read_batch(fields[b"events"]) == [plain_event, event]
+    assert await claim(resources.redis, event._replace(properties=event.properties[:1])) == ["conflict"]
+
+
+async def test_what_a_remembered_id_costs_is_measured(resources: Resources) -> None:
+    assert await buffer.measure_ids(resources.redis) == (0, 0)
+    await claim(resources.redis, *(make_event(f"e{n}", at=HOUR_AGO) for n in range(200)))
+    size, number = await buffer.measure_ids(resources.redis)
+    assert number == 200
+    assert 16 * number < size < 500 * number
 
 
 async def test_above_the_high_water_mark_nothing_is_taken(resources: Resources) -> None:

@@ -1,30 +1,44 @@
 import asyncio
 import dataclasses
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from typing import Literal
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from tallystick import db
-from tallystick.resources import Resources
-from tallystick.usage.delivery import UNKNOWN_FOR_AT_MOST, backoff, deliver, deliver_all, lease
+from tallystick.resources import Resources, open_resources
+from tallystick.usage import delivery
+from tallystick.usage.agreement import LAG
+from tallystick.usage.delivery import backoff, deliver, deliver_all, lease
+from tallystick.usage.late import UNKNOWN_FOR_AT_MOST
 from tallystick.usage.ledger import record_events
 from tallystick.usage.meters import refresh_meters
+from tallystick.usage.reconciliation import reconcile_sent
 from tallystick.usage.sealing import seal_everything
+from tallystick.usage.senders.meter_events import send_meter_events
 from tests.conftest import FakeStripe
-from tests.usage.making import METER, conservation, last_hour, make_customer, make_event, read_all
+from tests.usage.making import METER, conservation, last_hour, make_customer, make_event, read_all, run
 from tests.waiting import wait_until
+
+Formula = Literal["sum", "count", "last"]
 
 STATES = "SELECT state, count(*) FROM usage_deliveries GROUP BY state ORDER BY state"
 
 
-async def make_deliveries(resources: Resources, fake: FakeStripe, *values: str, customer: str | None = None) -> str:
+async def make_deliveries(
+    resources: Resources, fake: FakeStripe, *values: str, customer: str | None = None, formula: Formula = "sum"
+) -> str:
     """One sealed delivery an hour with these values, for a customer that the fake Stripe knows; the customer's id."""
     now = datetime.now(UTC)
     if customer is None:
         await fake.client.v1.billing.meters.create_async(
-            {"display_name": "API", "event_name": METER, "default_aggregation": {"formula": "sum"}}
+            {"display_name": "API", "event_name": METER, "default_aggregation": {"formula": formula}}
         )
         await refresh_meters(resources, now)
         customer = (await fake.client.v1.customers.create_async({})).id
@@ -187,6 +201,175 @@ async def test_the_rate_limit_is_shared_by_all_workers(resources: Resources, fak
     assert await deliver(slow, now) <= 1
     assert await deliver_all(resources, now) >= 1
     assert await read_all(resources, STATES) == [("sent", 7)]
+
+
+async def test_every_try_is_recorded_and_its_key_names_the_delivery(
+    resources: Resources, fake_stripe: FakeStripe
+) -> None:
+    await make_deliveries(resources, fake_stripe, "5")
+    for kind in ("rate_limit", "timeout_after"):
+        await misbehave(fake_stripe, kind, seconds=0)
+    now = datetime.now(UTC)
+    for _ in range(3):
+        await deliver(resources, max(now, await next_due(resources)))
+    assert await read_all(
+        resources,
+        "SELECT attempt, outcome, reason, http_status, starts_with(request_id, 'req_')"
+        "  FROM usage_delivery_attempts ORDER BY attempt",
+    ) == [
+        (1, "retry", "rate_limit", 429, True),
+        (2, "retry", "RemoteProtocolError", None, None),
+        (3, "sent", "repeat", 400, True),
+    ]
+    requests = (await fake_stripe.control.get("/_fake/requests")).json()["requests"]
+    keys = [each["idempotency_key"] for each in reversed(requests) if each["path"] == "/v1/billing/meter_events"]
+    ((identifier,),) = await read_all(resources, "SELECT identifier FROM usage_deliveries")
+    assert [re.sub("[0-9a-f]{4}$", "", key) for key in keys] == [f"{identifier}.{number}." for number in (1, 2, 3)]
+
+
+async def test_two_workers_at_once_send_each_delivery_once_and_never_get_into_each_others_way(
+    resources: Resources, fake_stripe: FakeStripe
+) -> None:
+    await make_deliveries(resources, fake_stripe, *"12345")
+    for n in range(4):
+        customer = (await fake_stripe.client.v1.customers.create_async({})).id
+        await make_customer(resources, ref=f"other-{n}", customer=customer)
+        events = [
+            make_event(f"{n}-{hour}", at=last_hour() - timedelta(hours=hour), customer_ref=f"other-{n}")
+            for hour in range(5)
+        ]
+        async with db.transaction(resources.engine) as connection:
+            await record_events(connection, events, accepted_already=True)
+    await seal_everything(resources, datetime.now(UTC))
+    await fake_stripe.control.post("/_fake/settings", json={"meter_event_milliseconds": 5})
+    async with open_resources(resources.settings, application_name="tests") as other:
+        now = datetime.now(UTC)
+        sent = await asyncio.gather(deliver_all(resources, now), deliver_all(other, now))
+        await deliver_all(resources, datetime.now(UTC))
+    assert sum(sent) == 25
+    assert len(await taken_by_stripe(fake_stripe)) == 25
+    requests = (await fake_stripe.control.get("/_fake/requests")).json()["requests"]
+    assert {each["status"] for each in requests if each["path"] == "/v1/billing/meter_events"} == {200}
+
+
+class Killed(BaseException):
+    """What a kill is to the code that it strikes: no handler runs."""
+
+
+@pytest.mark.parametrize("step", range(6))
+async def test_a_worker_that_dies_at_any_step_leaves_exactly_one_effect(
+    resources: Resources, fake_stripe: FakeStripe, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Before and after the commit of the claim, the call, and the commit of what became of it."""
+    await make_deliveries(resources, fake_stripe, "7")
+    passed = 0
+
+    def pass_step() -> None:
+        nonlocal passed
+        passed += 1
+        if passed == step + 1:
+            raise Killed
+
+    @asynccontextmanager
+    async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+        async with engine.begin() as connection:
+            yield connection
+            pass_step()
+        pass_step()
+
+    send = send_meter_events
+
+    async def send_and_die(*args: object, **more: object) -> object:
+        pass_step()
+        outcomes = await send(*args, **more)  # type: ignore[arg-type]
+        pass_step()
+        return outcomes
+
+    monkeypatch.setattr(delivery, "SENDERS", ("meter_events",))
+    monkeypatch.setattr(delivery, "send_meter_events", send_and_die)
+    monkeypatch.setattr(db, "transaction", transaction)
+    with pytest.raises(Killed):
+        await deliver(resources, datetime.now(UTC))
+    monkeypatch.undo()
+    await deliver_all(resources, await next_due(resources))
+    assert [value for _, value in await taken_by_stripe(fake_stripe)] == [Decimal(7)]
+    assert await read_all(resources, STATES) == [("sent", 1)]
+    assert (await conservation(resources)).sent == 7
+
+
+async def test_what_could_not_reach_stripe_for_a_day_is_sent_afterwards_once(
+    resources: Resources, fake_stripe: FakeStripe
+) -> None:
+    await make_deliveries(resources, fake_stripe, "1", "2", "3")
+    nowhere = resources.settings.model_copy(update={"stripe_api_base": "http://127.0.0.1:1"})
+    now = datetime.now(UTC)
+    async with open_resources(nowhere, application_name="tests") as cut_off:
+        for hour in range(0, 26, 5):
+            assert await deliver_all(cut_off, now + timedelta(hours=hour)) == 3
+    assert await read_all(resources, "SELECT DISTINCT state, reason FROM usage_deliveries") == [
+        ("pending", "ConnectError")
+    ]
+    assert await deliver_all(resources, now + timedelta(hours=26)) == 3
+    assert sorted(value for _, value in await taken_by_stripe(fake_stripe)) == [1, 2, 3]
+
+
+async def test_what_stripe_did_not_answer_for_a_day_is_settled_by_its_summaries(
+    resources: Resources, fake_stripe: FakeStripe
+) -> None:
+    await make_deliveries(resources, fake_stripe, "1", "2")
+    now = datetime.now(UTC)
+    await misbehave(fake_stripe, "timeout_after", seconds=0)
+    await misbehave(fake_stripe, "drop_before", times=None)
+    for hour in range(0, 26, 5):
+        await deliver_all(resources, now + timedelta(hours=hour))
+    assert await read_all(resources, "SELECT DISTINCT state, reason FROM usage_deliveries") == [
+        ("parked", "outcome_unknown")
+    ]
+    await fake_stripe.control.delete("/_fake/faults")
+    later = now + timedelta(hours=26) + LAG
+    await reconcile_sent(resources, later)
+    assert await deliver_all(resources, later) == 1
+    assert sorted(value for _, value in await taken_by_stripe(fake_stripe)) == [1, 2]
+
+
+async def test_deliveries_of_a_last_meter_end_right_in_any_order(resources: Resources, fake_stripe: FakeStripe) -> None:
+    customer = await make_deliveries(resources, fake_stripe, "5", "9", "7", formula="last")
+    # The latest value goes out first, and the oldest last.
+    await run(
+        resources, "UPDATE usage_deliveries SET next_attempt_at = now() - make_interval(secs => timestamp / 3600)"
+    )
+    await deliver_all(resources, datetime.now(UTC))
+    assert [value for _, value in await taken_by_stripe(fake_stripe)] == [5, 9, 7]
+    (meter,) = await read_all(resources, "SELECT id FROM meters")
+    end = last_hour(0) + timedelta(hours=1)
+    (summary,) = (
+        await fake_stripe.client.v1.billing.meters.event_summaries.list_async(
+            str(meter[0]),
+            {
+                "customer": customer,
+                "start_time": int((end - timedelta(days=1)).timestamp()),
+                "end_time": int(end.timestamp()),
+            },
+        )
+    ).data
+    assert summary.aggregated_value == 5
+
+
+async def test_a_long_run_goes_round_all_customers(
+    resources: Resources, fake_stripe: FakeStripe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(delivery.PER_CLAIM, "meter_events", 2)
+    await make_deliveries(resources, fake_stripe, "1", "2", "3")
+    for n in range(4):
+        await make_customer(resources, ref=f"other-{n}", customer=f"cus_{n}")
+        async with db.transaction(resources.engine) as connection:
+            event = make_event(f"other-{n}", at=last_hour(), customer_ref=f"other-{n}")
+            await record_events(connection, [event], accepted_already=True)
+    await seal_everything(resources, datetime.now(UTC))
+    assert await deliver_all(resources, datetime.now(UTC)) == 7
+    rows = await read_all(resources, "SELECT customer FROM usage_deliveries ORDER BY settled_at, customer")
+    customers = [row[0] for row in rows]
+    assert len(set(customers[:5])) == 5, "none waits while another is served twice"
 
 
 def test_the_wait_between_tries_grows_to_five_minutes() -> None:

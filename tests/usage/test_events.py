@@ -18,13 +18,13 @@ JSON = Headers({"content-type": "application/json"})
 def parse_one(**fields: object) -> UsageEvent | str:
     """The event, or the code of its rejection."""
     body = {"id": "e1", "customer": "acme", "meter": "api_requests"} | fields
-    events, rejections = parse_events(json.dumps(body).encode(), JSON, "tests", NOW)
+    events, rejections = parse_events(json.dumps(body).encode(), JSON, "tests", NOW, {})
     return events[0][1] if events else rejections[0].code
 
 
 def parse_value(literal: str) -> Decimal | str:
     raw = b'{"id": "e", "customer": "c", "meter": "m", "value": %s}' % literal.encode()
-    events, rejections = parse_events(raw, JSON, "tests", NOW)
+    events, rejections = parse_events(raw, JSON, "tests", NOW, {})
     return events[0][1].value if events else rejections[0].code
 
 
@@ -131,7 +131,7 @@ def test_other_timestamps_are_rejected(given: object, code: str) -> None:
 def test_a_wrong_field_is_named(fields: dict[str, object], code: str) -> None:
     assert parse_one(**fields) == code
     body = {"id": "e1", "customer": "acme", "meter": "api_requests"} | fields
-    _, (rejection,) = parse_events(json.dumps(body).encode(), JSON, "tests", NOW)
+    _, (rejection,) = parse_events(json.dumps(body).encode(), JSON, "tests", NOW, {})
     assert (
         "application/cloudevents+json" if "specversion" in fields else f"'{next(iter(fields))}'"
     ) in rejection.message
@@ -139,7 +139,7 @@ def test_a_wrong_field_is_named(fields: dict[str, object], code: str) -> None:
 
 def test_a_time_finer_than_a_microsecond_is_cut_and_not_moved_into_the_next_period() -> None:
     raw = b'{"id": "e", "customer": "c", "meter": "m", "timestamp": 1774958399.%s}' % (b"9" * 50)
-    ((_, event),), _ = parse_events(raw, JSON, "tests", NOW)
+    ((_, event),), _ = parse_events(raw, JSON, "tests", NOW, {})
     assert event.timestamp == datetime(2026, 3, 31, 11, 59, 59, 999_999, tzinfo=UTC)
 
 
@@ -153,7 +153,7 @@ def test_a_time_finer_than_a_microsecond_is_cut_and_not_moved_into_the_next_peri
 )
 def test_a_field_given_twice_is_refused_since_either_could_be_meant(members: str, field: str, id: str | None) -> None:
     good = '{"id": "good", "customer": "c", "meter": "m"}'
-    events, (rejection,) = parse_events(f"[{{{members}}}, {good}]".encode(), JSON, "tests", NOW)
+    events, (rejection,) = parse_events(f"[{{{members}}}, {good}]".encode(), JSON, "tests", NOW, {})
     assert [event.id for _, event in events] == ["good"]
     assert (rejection.index, rejection.id, rejection.code) == (0, id, "duplicate_field")
     assert f"'{field}'" in rejection.message
@@ -166,7 +166,7 @@ def test_a_bad_event_does_not_take_the_good_ones_with_it() -> None:
         {"id": "b", "meter": "m"},
         {"id": "c", "customer": "c", "meter": "m"},
     ]
-    events, rejections = parse_events(json.dumps(body).encode(), JSON, "tests", NOW)
+    events, rejections = parse_events(json.dumps(body).encode(), JSON, "tests", NOW, {})
     assert [(index, event.id) for index, event in events] == [(0, "a"), (3, "c")]
     assert [(rejection.index, rejection.id, rejection.code) for rejection in rejections] == [
         (1, None, "not_an_object"),
@@ -190,14 +190,14 @@ def test_a_bad_event_does_not_take_the_good_ones_with_it() -> None:
 )
 def test_a_body_that_cannot_be_read_is_refused_whole(raw: bytes, status: int) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        parse_events(raw, JSON, "tests", NOW)
+        parse_events(raw, JSON, "tests", NOW, {})
     assert refused.value.status == status
 
 
 @given(st.binary(max_size=200))
 def test_no_body_crashes_the_parser(raw: bytes) -> None:
     try:
-        events, rejections = parse_events(raw, JSON, "tests", NOW)
+        events, rejections = parse_events(raw, JSON, "tests", NOW, {})
     except InvalidRequest:
         return
     assert len(events) + len(rejections) >= 1

@@ -48,7 +48,7 @@ USAGE = UsageEvent(
 
 def read(raw: bytes, content_type: str | None, **headers: str) -> tuple[list[tuple[int, UsageEvent]], list[Rejection]]:
     given = {"content-type": content_type} if content_type is not None else {}
-    return parse_events(raw, Headers(given | headers), "tests", NOW)
+    return parse_events(raw, Headers(given | headers), "tests", NOW, {})
 
 
 def read_structured(**changed: Any) -> UsageEvent | Rejection:
@@ -331,7 +331,7 @@ def test_a_wrong_header_or_body_is_named(changed: dict[str, Any], code: str, nam
 
 def test_a_header_given_twice_is_refused() -> None:
     raw = [(f"ce-{name}".encode(), value.encode()) for name, value in ATTRIBUTES.items()] + [(b"ce-subject", b"globex")]
-    _, (rejection,) = parse_events(b"", Headers(raw=raw), "tests", NOW)
+    _, (rejection,) = parse_events(b"", Headers(raw=raw), "tests", NOW, {})
     assert rejection.code == "duplicate_field"
     assert "'ce-subject'" in rejection.message
 
@@ -387,7 +387,7 @@ def test_whatever_comes_is_events_rejections_or_a_problem(raw: bytes, headers: l
     events: list[tuple[int, UsageEvent]] = []
     rejections: list[Rejection] = []
     try:
-        events, rejections = parse_events(raw, Headers(raw=headers), "tests", NOW)
+        events, rejections = parse_events(raw, Headers(raw=headers), "tests", NOW, {})
     except Problem as problem:
         refused = problem.status
     assert 400 <= refused < 500

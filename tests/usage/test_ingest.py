@@ -104,27 +104,46 @@ async def test_while_stripe_cannot_be_asked_an_unknown_meter_is_not_refused_but_
     assert answer.json()["type"] == "urn:tallystick:problem:stripe-unavailable"
 
 
-async def test_without_redis_usage_goes_to_the_ledger_and_comes_back_once(
-    settings: Settings, resources: Resources, api_key: str, tmp_path_factory: pytest.TempPathFactory
+MIDNIGHT = NOW.replace(hour=0, minute=0, second=0, microsecond=0)
+
+
+@pytest.mark.parametrize(
+    ("sent", "sent_again"),
+    [
+        (MIDNIGHT - timedelta(hours=5), MIDNIGHT - timedelta(hours=5) + timedelta(seconds=3)),
+        (MIDNIGHT - timedelta(seconds=1), MIDNIGHT + timedelta(seconds=1)),
+    ],
+    ids=["within a day", "across midnight"],
+)
+async def test_what_was_buffered_before_redis_stopped_and_sent_again_directly_counts_once(
+    settings: Settings,
+    resources: Resources,
+    api_key: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    sent: datetime,
+    sent_again: datetime,
 ) -> None:
     """The hard case: buffered, the answer lost, Redis stopped, the retry taken directly, Redis back and drained."""
     from tallystick.app import create_app
 
+    clock = StoppedClock(sent)
+    monkeypatch.setattr("tallystick.usage.ingest.datetime", clock)
+    at = (sent - timedelta(hours=1)).isoformat()
     valkey = EmbeddedValkey(tmp_path_factory.mktemp("own") / "valkey")
     await asyncio.to_thread(valkey.start)
     try:
         own = settings.model_copy(update={"redis_url": valkey.url})
         application = create_app(own)
         async with application.router.lifespan_context(application), open_client(application, api_key) as client:
-            unstamped = event("without timestamp")
-            del unstamped["timestamp"]
-            batch = [event("a"), unstamped]
+            batch = [event("a", timestamp=at), event("without timestamp", timestamp=None)]
             assert (await client.post("/v1/usage", json=batch)).json()["accepted"] == 2
             await asyncio.to_thread(valkey.kill)
 
-            answer = await client.post("/v1/usage", json=[*batch, event("b")])
+            clock.stands_at = sent_again
+            answer = await client.post("/v1/usage", json=[*batch, event("b", timestamp=at)])
             assert (answer.status_code, answer.json()["accepted"]) == (202, 3)
-            answer = await client.post("/v1/usage", json=[*batch, event("b", value="7")])
+            answer = await client.post("/v1/usage", json=[*batch, event("b", timestamp=at, value="7")])
             assert answer.json()["duplicates"] == 2
             assert answer.json()["rejected"][0]["code"] == "conflict"
 
@@ -132,12 +151,25 @@ async def test_without_redis_usage_goes_to_the_ledger_and_comes_back_once(
             application.state.breaker = Breaker()
             again: Resources = application.state.resources
             await drain(again, NOW, reclaim_after=timedelta(0))
-            assert (await client.post("/v1/usage", json=[event("c")])).json()["accepted"] == 1
+            # Redis knows the batch, and not what went past it; the ledger knows both.
+            answer = await client.post("/v1/usage", json=[*batch, event("b", timestamp=at), event("c", timestamp=at)])
+            assert (answer.json()["accepted"], answer.json()["duplicates"]) == (2, 2)
             await drain(again, NOW)
     finally:
         await asyncio.to_thread(valkey.stop)
     assert (await conservation(resources)).accepted == Decimal("6.0")
     assert await read_all(resources, "SELECT * FROM usage_conflicts") == []
+
+
+class StoppedClock:
+    """Stands in for `datetime` where only `datetime.now(UTC)` is called."""
+
+    def __init__(self, at: datetime) -> None:
+        self.stands_at = at
+
+    def now(self, zone: object) -> datetime:
+        assert zone is UTC
+        return self.stands_at
 
 
 async def test_with_neither_redis_nor_postgres_the_answer_is_503_and_says_when_to_come_back(

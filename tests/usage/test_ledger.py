@@ -7,11 +7,22 @@ from hypothesis import strategies as st
 
 from tallystick import db
 from tallystick.resources import Resources
+from tallystick.usage.buffer import IDS, claim_and_append
+from tallystick.usage.drain import drain
 from tallystick.usage.events import UsageEvent
 from tallystick.usage.ledger import Recorded, record_events
 from tallystick.usage.partitions import drop_partitions, make_partitions
+from tallystick.usage.sealing import seal_everything
 from tests.conftest import empty_stores
-from tests.usage.making import conservation, last_hour, make_boundaries, make_customer, make_event, read_all
+from tests.usage.making import (
+    conservation,
+    last_hour,
+    make_boundaries,
+    make_customer,
+    make_event,
+    make_meter,
+    read_all,
+)
 
 
 async def record(resources: Resources, *events: UsageEvent, accepted_already: bool = False) -> list[Recorded]:
@@ -56,6 +67,13 @@ async def test_the_same_id_with_another_body_is_a_conflict_and_kept_if_it_was_ac
     assert (await conservation(resources)).accepted == 1
 
 
+async def test_properties_are_part_of_what_an_event_says(resources: Resources) -> None:
+    event = make_event(at=last_hour())._replace(properties=(("region", "eu"), ("user", "ann")))
+    assert await record(resources, event) == ["recorded"]
+    assert await record(resources, event, event._replace(properties=event.properties[:1])) == ["duplicate", "conflict"]
+    assert await record(resources, event._replace(properties=())) == ["conflict"]
+
+
 async def test_an_event_without_timestamp_counts_once_even_if_its_copy_was_stamped_on_another_day(
     resources: Resources,
 ) -> None:
@@ -81,6 +99,34 @@ async def test_many_drains_at_once_neither_deadlock_nor_double(resources: Resour
     assert (await conservation(resources)).accepted == len(events)
 
 
+async def test_drains_and_direct_writers_on_the_same_totals_neither_deadlock_nor_double(resources: Resources) -> None:
+    """Two drains share what is buffered, in which each event is three times, while a third one writes past them."""
+    await make_customer(resources)
+    for name in ("api_requests", "latest"):
+        await make_meter(resources, name, formula="last" if name == "latest" else "sum")
+    now = datetime.now(UTC)
+    events = [
+        make_event(f"{meter}{n}", at=last_hour() - timedelta(hours=n % 3), customer_ref=f"c{n % 7}", meter=meter)
+        for n in range(60)
+        for meter in ("api_requests", "latest")
+    ]
+    turned = [*events[60:], *reversed(events[:60])]
+    for start in range(0, len(events), 20):
+        for order in (events, turned, events[::-1]):
+            batch = order[start : start + 20]
+            # Claimed anew each time, as by processes of which each had lost the other's answer.
+            await claim_and_append(resources.redis, batch, now, dedupe_hours=72, max_bytes=10**9)
+            async for key in resources.redis.scan_iter(f"{IDS}:*"):
+                await resources.redis.delete(key)
+    recorded = await asyncio.gather(
+        drain(resources, now),
+        drain(resources, now),
+        *(record(resources, *order[start : start + 15]) for order in (turned, events) for start in range(0, 120, 15)),
+    )
+    assert sum(number for number in recorded if isinstance(number, int)) == 3 * len(events)
+    assert (await conservation(resources)).events == len(events)
+
+
 async def test_usage_on_both_sides_of_a_boundary_in_one_hour_goes_to_two_totals(resources: Resources) -> None:
     boundary = last_hour(17) + timedelta(seconds=23)
     await make_customer(resources, boundaries=(boundary,))
@@ -97,13 +143,22 @@ async def test_usage_on_both_sides_of_a_boundary_in_one_hour_goes_to_two_totals(
     ]
 
 
-async def test_a_boundary_that_was_learnt_later_shortens_the_open_bucket(resources: Resources) -> None:
+async def test_a_boundary_that_was_learnt_later_leaves_nothing_behind_it_in_the_total_before_it(
+    resources: Resources,
+) -> None:
     await make_customer(resources)
+    await make_meter(resources)
     boundary = last_hour(20)
     await record(resources, make_event("before", at=boundary - timedelta(minutes=5)))
+    await record(resources, make_event("behind", at=boundary + timedelta(minutes=5)))
     await make_boundaries(resources, boundary)
-    await record(resources, make_event("also before", at=boundary - timedelta(minutes=4)))
-    assert await read_all(resources, "SELECT bucket_end, events FROM usage_totals") == [(boundary, 2)]
+    await record(resources, make_event("before too", at=boundary - timedelta(minutes=4)))
+    await record(resources, make_event("behind too", at=boundary + timedelta(minutes=4), value="4"))
+    await seal_everything(resources, datetime.now(UTC))
+    assert await read_all(resources, "SELECT bucket_start, bucket_end, quantity FROM usage_totals ORDER BY 1") == [
+        (last_hour(0), boundary, Decimal(2)),
+        (boundary, last_hour(60), Decimal(5)),
+    ]
 
 
 async def test_dropped_partitions_leave_their_sums(resources: Resources) -> None:

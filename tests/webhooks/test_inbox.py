@@ -88,7 +88,7 @@ async def test_the_same_event_at_two_processes_at_once_is_applied_once(resources
         event("customer.created", {}) | {"data": None},
         event("customer.created", {}) | {"data": []},
         event("customer.created", {"id": "acct_1", "object": "account"}),
-        event("v1.billing.meter.no_meter_found", {})
+        event("v1.billing.meter.something_new", {})
         | {"object": "v2.core.event", "created": "2026-01-01T00:00:00.123Z", "related_object": {"id": "mtr_1"}},
     ],
     ids=lambda sent: sent["type"],

@@ -249,9 +249,15 @@ async def struck(fake_stripe: FakeStripe) -> bool:
 # Thin events
 
 
-@pytest.mark.parametrize("type_", [*THIN_TYPES, "v1.customer.updated"])
-async def test_a_thin_event_is_recorded_and_applies_nothing_twice(
-    client: httpx.AsyncClient, resources: Resources, type_: str
+@pytest.mark.parametrize(
+    ("type_", "verdict", "reports"),
+    [
+        *((type_, "applied", [{"event": "evt_thin", "meter": "cus_1"}]) for type_ in THIN_TYPES),
+        ("v1.customer.updated", "ignored", []),
+    ],
+)
+async def test_a_thin_event_is_recorded_and_changes_nothing_in_the_mirror(
+    client: httpx.AsyncClient, resources: Resources, type_: str, verdict: str, reports: list[dict[str, str]]
 ) -> None:
     thin = {
         "id": "evt_thin",
@@ -263,11 +269,12 @@ async def test_a_thin_event_is_recorded_and_applies_nothing_twice(
     }
     snapshot = event("customer.updated", customer(metadata={"tallystick_ref": "acme"}))
 
-    assert await deliver(client, thin, snapshot, thin, snapshot) == ["ignored", "applied", "duplicate", "duplicate"]
+    assert await deliver(client, thin, snapshot, thin, snapshot) == [verdict, "applied", "duplicate", "duplicate"]
 
     assert await read(resources, "SELECT verdict, object_id FROM stripe_events WHERE id = 'evt_thin'") == [
-        {"verdict": "ignored", "object_id": "cus_1"}
+        {"verdict": verdict, "object_id": "cus_1"}
     ]
+    assert await read(resources, "SELECT event, meter FROM meter_error_reports") == reports
     assert await read(resources, "SELECT ref, mark_event FROM customers") == [
         {"ref": "acme", "mark_event": snapshot["id"]}
     ]

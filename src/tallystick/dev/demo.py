@@ -278,7 +278,7 @@ async def _wait_until_sent(month: Month) -> None:
         while True:
             async with db.transaction(month.resources.engine) as connection:
                 counted = await count_conservation(connection)
-            if counted.pending == 0 and counted.events == month.sequence:
+            if counted.unsent_events == 0 and counted.events == month.sequence:
                 return
             await asyncio.sleep(0.2)
 

@@ -25,7 +25,7 @@ import structlog
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tallystick import db
+from tallystick import db, tracing
 from tallystick.metrics import NOTIFICATION_TRIES
 from tallystick.notifications.sending import SEND_SECONDS, Connections, Outcome, render, send, sign
 from tallystick.resources import Resources
@@ -207,8 +207,9 @@ async def _try(connections: Connections, endpoint: NotificationEndpoint, claimed
     try:
         body = render(claimed.type, claimed.created_at, claimed.data)
         headers = sign(endpoint, claimed.id, at, body)
-        async with asyncio.timeout(SEND_SECONDS):
-            return await send(await connections.client(endpoint), endpoint, headers, body)
+        with tracing.span("notification", endpoint=endpoint.name, attempt=claimed.attempts):
+            async with asyncio.timeout(SEND_SECONDS):
+                return await send(await connections.client(endpoint), endpoint, headers, body)
     except TimeoutError:
         return Outcome("failed", "timeout")
     except Exception as error:  # noqa: BLE001  the row's edge: one that cannot be sent must not stop the others

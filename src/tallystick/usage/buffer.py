@@ -21,7 +21,7 @@ from redis.exceptions import NoScriptError, ResponseError
 
 from tallystick.errors import TooBusy
 from tallystick.redis_client import KEY_TAG, REDIS_ERRORS
-from tallystick.usage.events import UsageEvent, plain
+from tallystick.usage.events import UsageEvent, digest_id, plain
 
 STREAM = f"{KEY_TAG}:usage:stream"
 BYTES = f"{KEY_TAG}:usage:bytes"
@@ -30,6 +30,10 @@ GROUP = "ledger"
 
 GENERATION = timedelta(hours=24)
 FSYNC_TIMEOUT_MS = 2_000
+
+# Enough for a mean, few enough to take milliseconds of a busy Redis.
+SAMPLED_IDS = 10_000
+SAMPLED_PAGES = 20
 
 Claim = Literal["accepted", "duplicate", "conflict"]
 _CLAIMS: dict[int, Claim] = {ord("a"): "accepted", ord("d"): "duplicate", ord("c"): "conflict"}
@@ -152,29 +156,38 @@ _CLAIM_SHA = _sha(CLAIM_AND_APPEND)
 
 
 def _write(event: UsageEvent) -> str:
-    """The event as it lies in the stream. Times are whole microseconds: no float ever holds one."""
-    return json.dumps(
-        [
-            event.source,
-            event.id,
-            event.customer_ref,
-            event.meter,
-            plain(event.value),
-            _to_microseconds(event.timestamp),
-            int(event.stamped),
-            _to_microseconds(event.received_at),
-        ],
-        separators=(",", ":"),
-    )
+    """The event as it lies in the stream. Times are whole microseconds: no float ever holds one.
+
+    Properties come last, and only where there are some: so events without are those of releases that knew of none.
+    """
+    fields = [
+        event.source,
+        event.id,
+        event.customer_ref,
+        event.meter,
+        plain(event.value),
+        _to_microseconds(event.timestamp),
+        int(event.stamped),
+        _to_microseconds(event.received_at),
+    ]
+    return json.dumps([*fields, event.properties] if event.properties else fields, separators=(",", ":"))
 
 
 def read_batch(batch: bytes) -> list[UsageEvent]:
     """The events of one stream entry."""
     return [
         UsageEvent(
-            source, id, customer, meter, Decimal(value), _from_microseconds(at), bool(stamped), _from_microseconds(got)
+            source,
+            id,
+            customer,
+            meter,
+            Decimal(value),
+            _from_microseconds(at),
+            bool(stamped),
+            _from_microseconds(got),
+            tuple((name, property_value) for name, property_value in properties[0]) if properties else (),
         )
-        for source, id, customer, meter, value, at, stamped, got in json.loads(batch)
+        for source, id, customer, meter, value, at, stamped, got, *properties in json.loads(batch)
     ]
 
 
@@ -235,6 +248,36 @@ async def acknowledge(redis: Redis, entries: Sequence[Entry]) -> None:
     await redis.eval(ACKNOWLEDGE, 2, STREAM, BYTES, *arguments)
 
 
+async def measure_ids(redis: Redis) -> tuple[int, int]:
+    """How many bytes of memory some remembered ids take, and how many ids those are: a sample, not all of them."""
+    size = number = cursor = 0
+    for _ in range(SAMPLED_PAGES):
+        cursor, keys = await redis.scan(cursor, match=f"{IDS}:*", count=1_000)
+        async with redis.pipeline(transaction=False) as pipeline:
+            for key in keys:
+                pipeline.memory_usage(key, samples=0)
+                pipeline.hlen(key)
+            measured = await pipeline.execute()
+        # A bucket that expired in between has no size.
+        size += sum(bytes_ for bytes_ in measured[::2] if bytes_ is not None)
+        number += sum(measured[1::2])
+        if cursor == 0 or number >= SAMPLED_IDS:
+            break
+    return size, number
+
+
 async def buffered_bytes(redis: Redis) -> int:
     """How much is waiting for the ledger."""
     return int(await redis.get(BYTES) or 0)
+
+
+async def is_remembered(redis: Redis, source: str, id: str, now: datetime, *, dedupe_hours: int) -> bool:
+    """Whether the id was claimed within the dedupe window. Raises Redis's errors: only Redis knows."""
+    digest = digest_id(source, id)
+    bucket = digest[0] * 256 + digest[1]
+    newest = int(now.timestamp()) // int(GENERATION.total_seconds())
+    oldest = newest - -(-timedelta(hours=dedupe_hours) // GENERATION)
+    async with redis.pipeline(transaction=False) as pipeline:
+        for generation in range(oldest, newest + 1):
+            pipeline.hexists(f"{IDS}:{generation}:{bucket}", digest)
+        return any(await pipeline.execute())

@@ -5,13 +5,14 @@
     type           the meter
     time           the timestamp; without it, when the event is received
     data.value     the value; without `data`, 1
+    data.…         those properties that the meter declares; other members are other consumers' business
 
 https://github.com/cloudevents/spec/tree/v1.0.2/cloudevents: `spec.md`, `formats/json-format.md` and
 `bindings/http-protocol-binding.md`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
@@ -22,8 +23,10 @@ from starlette.datastructures import Headers
 from tallystick.usage.events import (
     MAX_TEXT,
     BadEvent,
+    Properties,
     Unreadable,
     UsageEvent,
+    read_properties,
     read_text,
     read_timestamp,
     read_value,
@@ -41,8 +44,11 @@ _ESCAPED = re.compile(r"\\(.)")
 _STRAY_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
-def read_cloudevent(candidate: Any, source: str, now: datetime) -> UsageEvent:
-    """The usage that a CloudEvent describes; `source` is the API key's. Raises `BadEvent`."""
+def read_cloudevent(candidate: Any, source: str, now: datetime, *, declared: Mapping[str, Set[str]]) -> UsageEvent:
+    """The usage that a CloudEvent describes; `source` is the API key's. Raises `BadEvent`.
+
+    `declared`: the properties of each meter that has some.
+    """
     event = require_object(candidate)
     if event.get("specversion") != "1.0":
         raise BadEvent("invalid_field", "The field 'specversion' must be '1.0': this is read as a CloudEvent.")
@@ -54,15 +60,18 @@ def read_cloudevent(candidate: Any, source: str, now: datetime) -> UsageEvent:
     if isinstance(time, Decimal):
         raise BadEvent("invalid_timestamp", "The field 'time' must be RFC 3339 text.")
     timestamp = None if time is None else read_timestamp(time, "time", now)
+    meter = read_text(event, "type")
+    value, properties = _read_data(event, declared.get(meter, frozenset()))
     return UsageEvent(
         source=source,
         id=_read_id(event),
         customer_ref=read_text(event, "subject"),
-        meter=read_text(event, "type"),
-        value=_read_data(event),
+        meter=meter,
+        value=value,
         timestamp=timestamp or now,
         stamped=timestamp is None,
         received_at=now,
+        properties=properties,
     )
 
 
@@ -84,9 +93,9 @@ def _read_id(event: Mapping[str, Any]) -> str:
     return f"{source} {id}"
 
 
-def _read_data(event: Mapping[str, Any]) -> Decimal:
+def _read_data(event: Mapping[str, Any], declared: Set[str]) -> tuple[Decimal, Properties]:
     if "data" not in event:
-        return Decimal(1)
+        return Decimal(1), ()
     data = event["data"]
     if isinstance(data, Unreadable):
         raise BadEvent(data.code, f"In the field 'data': {data.message}")
@@ -95,7 +104,8 @@ def _read_data(event: Mapping[str, Any]) -> Decimal:
     if data.get("value") is None:
         # Other members are other consumers' business, but one of them may be a misspelt value: this must not bill 1.
         raise BadEvent("missing_field", "The field 'data.value' is missing; leave 'data' out altogether to count 1.")
-    return read_value(data["value"], "data.value")
+    value = read_value(data["value"], "data.value")
+    return value, read_properties({name: data[name] for name in declared & data.keys() if name != "value"}, "data")
 
 
 def _check_extensions(event: Mapping[str, Any]) -> None:

@@ -6,15 +6,22 @@
 
 A claim is a lease: a worker that dies while it sends leaves a row that another claims once the lease has ended. What
 the dead one managed to say is then said again with the same identifier, which Stripe counts once for at least 24 hours.
-So a delivery whose outcome has been unknown for 23 hours is parked instead of being sent again.
+So a delivery whose outcome has been unknown for 23 hours is parked instead of being sent again, and so is usage that
+has come too late for its invoice (usage/late.py); both in the transaction of the claim.
+
+Each sender has a queue of its own and takes from its own rate limit; the limits are shared by all workers. Of a
+customer and meter one delivery is on its way at a time, whichever sender it has.
 """
 
 import asyncio
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
+from time import monotonic
+from typing import Literal, NamedTuple
 
 import structlog
 from sqlalchemy import text
@@ -24,28 +31,39 @@ from tallystick import db
 from tallystick.config import Settings
 from tallystick.metrics import DELIVERIES
 from tallystick.resources import Resources
+from tallystick.rules import Rules
+from tallystick.usage.late import Taken, mark_taken_late, prices_of, set_aside
 from tallystick.usage.parking import announce_parked
-from tallystick.usage.senders.meter_events import send_meter_event
-from tallystick.usage.senders.outcomes import Outcome
+from tallystick.usage.senders.meter_event_stream import send_stream
+from tallystick.usage.senders.meter_events import send_meter_events
+from tallystick.usage.senders.outcomes import Message, Outcome
+from tallystick.usage.senders.usage_records import Record, send_usage_records
 
 log = structlog.get_logger()
 
-# Claimed and settled together; the calls go out so many at a time, in rounds.
-DELIVERIES_PER_CLAIM = 200
-CONCURRENCY = 32
-ROUNDS = -(-DELIVERIES_PER_CLAIM // CONCURRENCY)
+Sender = Literal["meter_events", "meter_event_stream", "usage_records"]
+SENDERS: tuple[Sender, ...] = ("meter_events", "meter_event_stream", "usage_records")
+
+# Claimed and settled together. A call carries one delivery, or a hundred of them with the stream.
+PER_CLAIM: dict[Sender, int] = {"meter_events": 200, "meter_event_stream": 2000, "usage_records": 200}
+# While one claim is sent, another is written down: PostgreSQL and the calls need not wait for each other.
+CLAIMS_AT_ONCE = 2
+# Of one claim. Together they are the connections that the SDK's client keeps open; more would be opened for each call.
+CALLS_AT_ONCE = 10
+STREAM_REQUESTS_AT_ONCE = 2
 
 # Beside the calls a claim needs two commits.
 LEASE_MARGIN = timedelta(seconds=15)
+# How long a claim of the stream goes on to begin requests; with all well it takes one second.
+STREAM_SECONDS = 60
 
-UNKNOWN_FOR_AT_MOST = timedelta(hours=23)
 MAX_BACKOFF_SECONDS = 300
 
 CLAIM_LOCK = 0x7A13
 
-# Tokens are whole calls; what a second adds is the limit, and a pause saves up at most one second of it.
+# Tokens are whole deliveries; what a second adds is the limit, and a pause saves up at most one second of it.
 TAKE_TOKENS = text("""
-    INSERT INTO rate_limits AS l (name, tokens, refilled_at) VALUES ('stripe', :per_second, clock_timestamp())
+    INSERT INTO rate_limits AS l (name, tokens, refilled_at) VALUES (:name, :per_second, clock_timestamp())
     ON CONFLICT (name) DO UPDATE SET
         tokens = least(:per_second,
                        l.tokens + :per_second * extract(epoch FROM clock_timestamp() - l.refilled_at)),
@@ -53,43 +71,100 @@ TAKE_TOKENS = text("""
     RETURNING floor(tokens)
 """)
 
-# The oldest due delivery of each (customer, meter) that has none on its way; or one whose lease has ended, before
-# all else.
-CLAIM = text("""
-    WITH due AS (
-        SELECT DISTINCT ON (customer, event_name) id
-          FROM usage_deliveries d
-         WHERE (state = 'sending' AND lease_until <= :now)
-            OR (state = 'pending' AND next_attempt_at <= :now
-                AND NOT EXISTS (SELECT FROM usage_deliveries o
-                                 WHERE o.customer = d.customer AND o.event_name = d.event_name AND o.state = 'sending'))
-         ORDER BY customer, event_name, state DESC, next_attempt_at, id
-    ), chosen AS (
-        SELECT d.id, d.unknown_since FROM usage_deliveries d JOIN due USING (id)
-         ORDER BY d.next_attempt_at, d.id LIMIT :limit
+USE_TOKENS = text("UPDATE rate_limits SET tokens = tokens - :used WHERE name = :name")
+
+FIND_SENDERS = text("""
+    SELECT s.sender FROM unnest(CAST(:senders AS text[])) AS s(sender)
+     WHERE EXISTS (SELECT FROM usage_deliveries d WHERE d.state = 'pending' AND d.sender = s.sender)
+        OR EXISTS (SELECT FROM usage_deliveries d
+                    WHERE d.state = 'sending' AND d.sender = s.sender AND d.lease_until <= :now)
+""")
+
+# First what a dead worker left, then the oldest due delivery of each customer and meter that has none on its way. The
+# recursion goes from one customer and meter to the next by index, so it costs what it finds, and not what waits.
+CHOOSE = text("""
+    WITH RECURSIVE pairs AS (
+        (SELECT customer, event_name FROM usage_deliveries
+          WHERE state = 'pending' AND sender = :sender AND (customer, event_name) > (:customer, :event_name)
+          ORDER BY customer, event_name LIMIT 1)
+        UNION ALL
+        SELECT n.customer, n.event_name
+          FROM pairs p
+         CROSS JOIN LATERAL (
+               SELECT customer, event_name FROM usage_deliveries
+                WHERE state = 'pending' AND sender = :sender
+                  AND (customer, event_name) > (p.customer, p.event_name)
+                ORDER BY customer, event_name LIMIT 1) n
     )
+    SELECT id, customer, event_name, false AS pending FROM usage_deliveries
+     WHERE state = 'sending' AND sender = :sender AND lease_until <= :now
+    UNION ALL
+    SELECT d.id, p.customer, p.event_name, true
+      FROM pairs p
+     CROSS JOIN LATERAL (
+           SELECT id FROM usage_deliveries
+            WHERE state = 'pending' AND sender = :sender AND customer = p.customer AND event_name = p.event_name
+              AND next_attempt_at <= :now
+            ORDER BY next_attempt_at, id LIMIT 1) d
+     WHERE NOT EXISTS (SELECT FROM usage_deliveries o
+                        WHERE o.customer = p.customer AND o.event_name = p.event_name AND o.state = 'sending')
+     LIMIT :limit
+""")
+
+CLAIM = text("""
     UPDATE usage_deliveries d
        SET state = 'sending', attempts = d.attempts + 1, lease_until = :lease_until,
            unknown_since = coalesce(d.unknown_since, CAST(:now AS timestamptz))
-      FROM chosen WHERE d.id = chosen.id
-    RETURNING d.id, d.event_name, d.identifier, d.payload, d.timestamp, d.attempts, d.created_at,
+      FROM (SELECT id, unknown_since FROM usage_deliveries
+             WHERE id = ANY(:ids) AND (state = 'pending' OR state = 'sending' AND lease_until <= :now)
+               FOR UPDATE) chosen
+     WHERE d.id = chosen.id
+    RETURNING d.id, d.event_name, d.identifier, d.payload, d.timestamp, d.attempts, d.customer, d.value,
               chosen.unknown_since AS unknown_before
 """)
 
-USE_TOKENS = text("UPDATE rate_limits SET tokens = tokens - :used WHERE name = 'stripe'")
+# The item whose period covers the usage, and what Stripe has been told of that second before.
+FIND_RECORDS = text("""
+    SELECT d.id,
+           (SELECT m.item FROM metered_periods m
+             WHERE m.customer = d.customer AND m.price = CAST(:prices AS json) ->> d.event_name
+               AND m.period_start <= to_timestamp(d.timestamp) AND m.period_end > to_timestamp(d.timestamp)
+             ORDER BY m.period_start DESC, m.item LIMIT 1) AS item,
+           (SELECT coalesce(sum(o.value), 0) FROM usage_deliveries o
+             WHERE o.customer = d.customer AND o.event_name = d.event_name AND o.timestamp = d.timestamp
+               AND o.sender = 'usage_records' AND o.state IN ('sent', 'confirmed')) AS before
+      FROM usage_deliveries d WHERE d.id = ANY(:ids)
+""")
 
 # `attempts` fences: a worker that comes back after its lease was taken over no longer has a say.
 SETTLE = text("""
-    UPDATE usage_deliveries d
-       SET state = r.state, reason = r.reason, next_attempt_at = r.next_attempt_at, lease_until = NULL,
-           unknown_since = r.unknown_since,
-           settled_at = CASE WHEN r.state = 'pending' THEN NULL ELSE CAST(:now AS timestamptz) END
-      FROM json_to_recordset(CAST(:rows AS json))
-        AS r(id bigint, attempts integer, state text, reason text, next_attempt_at timestamptz, unknown_since
-        timestamptz)
-     WHERE d.id = r.id AND d.attempts = r.attempts AND d.state = 'sending'
-    RETURNING d.state, d.customer, d.identifier, d.event_name, d.timestamp, d.reason
+    WITH settled AS (
+        UPDATE usage_deliveries d
+           SET state = r.state, reason = r.reason, next_attempt_at = r.next_attempt_at, lease_until = NULL,
+               unknown_since = r.unknown_since,
+               settled_at = CASE WHEN r.state = 'pending' THEN NULL ELSE CAST(:settled_at AS timestamptz) END
+          FROM json_to_recordset(CAST(:rows AS json))
+            AS r(id bigint, attempts integer, state text, reason text, next_attempt_at timestamptz,
+                 unknown_since timestamptz, outcome text, said text, http_status integer, request_id text)
+         WHERE d.id = r.id AND d.attempts = r.attempts AND d.state = 'sending'
+        RETURNING d.id, d.state, d.customer, d.identifier, d.event_name, d.timestamp, d.reason, d.attempts,
+                  r.outcome, r.said, r.http_status, r.request_id
+    ), noted AS (
+        INSERT INTO usage_delivery_attempts (delivery_id, attempt, at, outcome, reason, http_status, request_id)
+        SELECT id, attempts, CAST(:at AS timestamptz), outcome, said, http_status, request_id FROM settled
+    )
+    SELECT id, state, customer, identifier, event_name, timestamp, reason FROM settled
 """)
+
+
+class Place(NamedTuple):
+    """A customer and meter: where a claim begins to look for the next ones."""
+
+    customer: str
+    event_name: str
+
+
+BEGINNING = Place("", "")
 
 
 @dataclass(frozen=True)
@@ -97,115 +172,178 @@ class Claimed:
     """A delivery that this worker may send until its lease ends. `unknown_before`: since when, before this try."""
 
     id: int
-    event_name: str
-    identifier: str
-    payload: dict[str, str]
-    timestamp: int
-    attempts: int
-    created_at: datetime
+    message: Message
     unknown_before: datetime | None
+    record: Record | None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a claim came to: how many were due, how many tried, and from where to go on. `limited`: for want of rate."""
+
+    due: int
+    tried: int
+    reached: Place
+    limited: bool = False
 
 
 async def deliver(resources: Resources, now: datetime) -> int:
-    """Send what is due, as far as the rate limit goes; how many deliveries were tried."""
-    settings = resources.settings
+    """Send what one claim of each sender takes, as far as the rate limits go; how many deliveries were tried."""
+    turns = await asyncio.gather(*(_take_turn(resources, sender, now, BEGINNING) for sender in SENDERS))
+    return sum(turn.tried for turn in turns)
+
+
+async def deliver_all(resources: Resources, now: datetime) -> int:
+    """Send until nothing is due. What is to be retried later is left for later."""
     async with db.transaction(resources.engine) as connection:
-        claimed = await _claim(connection, now, now + lease(settings), settings.stripe_calls_per_second)
+        found = await connection.execute(FIND_SENDERS, {"senders": list(SENDERS), "now": now})
+        busy: list[Sender] = list(found.scalars())
+    runs = [_deliver_by(resources, sender, now) for sender in busy for _ in range(CLAIMS_AT_ONCE)]
+    return sum(await asyncio.gather(*runs))
+
+
+async def _deliver_by(resources: Resources, sender: Sender, started_at: datetime) -> int:
+    began = monotonic()
+    delivered, place = 0, BEGINNING
+    while True:
+        # A long run must not give out leases that have ended already.
+        turn = await _take_turn(resources, sender, started_at + timedelta(seconds=monotonic() - began), place)
+        delivered += turn.tried
+        if turn.limited:
+            # Nothing could be claimed for want of rate only: a second brings a second's worth of it.
+            await asyncio.sleep(1)
+        elif not turn.due and place == BEGINNING:
+            return delivered
+        place = turn.reached
+
+
+async def _take_turn(resources: Resources, sender: Sender, now: datetime, place: Place) -> Turn:
+    began = monotonic()
+    settings, rules = resources.settings, resources.rules.current(now)
+    async with db.transaction(resources.engine) as connection:
+        turn, claimed = await _claim(connection, settings, rules, sender, now, place)
+    if not claimed:
+        return turn
     # Died here, or anywhere below: the rows are `sending` until their lease ends, then they are claimed again.
-    lanes = asyncio.Semaphore(CONCURRENCY)
-
-    async def send(delivery: Claimed) -> Outcome:
-        if delivery.unknown_before is not None and delivery.unknown_before <= now - UNKNOWN_FOR_AT_MOST:
-            return Outcome("parked", "outcome_unknown", unknown=True)
-        async with lanes:
-            return await send_meter_event(
-                resources.stripe,
-                event_name=delivery.event_name,
-                identifier=delivery.identifier,
-                payload=delivery.payload,
-                timestamp=delivery.timestamp,
-            )
-
-    outcomes = await asyncio.gather(*(send(delivery) for delivery in claimed))
+    outcomes = await _send(resources, sender, claimed, now)
     # Died here: Stripe has them, we do not know it; the next try is answered "already exists", which counts as sent.
-    if claimed:
-        async with db.transaction(resources.engine) as connection:
-            await _settle(connection, claimed, outcomes, now)
+    settled_at = now + timedelta(seconds=monotonic() - began)
+    async with db.transaction(resources.engine) as connection:
+        await _settle(connection, rules, claimed, outcomes, now, settled_at)
     for delivery, outcome in zip(claimed, outcomes, strict=True):
         DELIVERIES.labels(outcome.state).inc()
         if outcome.state != "sent":
             log.warning(
                 "delivery_not_sent",
                 outcome=outcome.state,
-                identifier=delivery.identifier,
+                identifier=delivery.message.identifier,
                 reason=outcome.reason,
-                attempts=delivery.attempts,
+                attempts=delivery.message.attempt,
             )
-    return len(claimed)
+    return turn
 
 
-async def deliver_all(resources: Resources, now: datetime) -> int:
-    """Send until nothing is due. What is to be retried later is left for later."""
-    delivered = 0
-    while True:
-        tried = await deliver(resources, now)
-        delivered += tried
-        if tried == 0 and not await _rate_limited(resources, now):
-            return delivered
-        if tried == 0:
-            # Nothing could be claimed for want of tokens only: a second brings a second's worth of them.
-            await asyncio.sleep(1)
-
-
-def lease(settings: Settings) -> timedelta:
+def lease(settings: Settings, sender: Sender = "meter_events") -> timedelta:
     """How long a claim is left alone: as long as its calls may take when each of them times out."""
-    return timedelta(seconds=settings.stripe_timeout_seconds) * ROUNDS + LEASE_MARGIN
+    one_call = timedelta(seconds=settings.stripe_timeout_seconds)
+    if sender == "meter_event_stream":
+        # The last request may need a new session and be said twice.
+        return timedelta(seconds=STREAM_SECONDS) + 4 * one_call + LEASE_MARGIN
+    return one_call * -(-PER_CLAIM[sender] // CALLS_AT_ONCE) + LEASE_MARGIN
 
 
-async def _claim(connection: AsyncConnection, now: datetime, lease_until: datetime, per_second: int) -> list[Claimed]:
+def _rate(settings: Settings, sender: Sender) -> tuple[str, int]:
+    """The rate limit that a sender takes from, and how much a second it has."""
+    if sender == "meter_event_stream":
+        return "stripe_stream", settings.stripe_stream_events_per_second
+    return "stripe", settings.stripe_calls_per_second
+
+
+async def _claim(
+    connection: AsyncConnection, settings: Settings, rules: Rules, sender: Sender, now: datetime, place: Place
+) -> tuple[Turn, list[Claimed]]:
     # Claims come one after the other, so that two workers cannot both pick a delivery of one (customer, meter).
     await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": CLAIM_LOCK})
-    tokens = Decimal((await connection.execute(TAKE_TOKENS, {"per_second": per_second})).scalar_one())
-    limit = min(int(tokens), DELIVERIES_PER_CLAIM)
+    name, per_second = _rate(settings, sender)
+    tokens = Decimal((await connection.execute(TAKE_TOKENS, {"name": name, "per_second": per_second})).scalar_one())
+    limit = min(int(tokens), PER_CLAIM[sender])
+    wanted = {"sender": sender, "now": now, "limit": max(limit, 1), **place._asdict()}
+    chosen = (await connection.execute(CHOOSE, wanted)).all()
+    if not chosen:
+        return Turn(0, 0, BEGINNING), []
     if limit <= 0:
-        return []
-    rows = await connection.execute(CLAIM, {"now": now, "limit": limit, "lease_until": lease_until})
-    claimed = [Claimed(*row) for row in rows]
-    await connection.execute(USE_TOKENS, {"used": len(claimed)})
-    return claimed
+        return Turn(len(chosen), 0, place, limited=True), []
+    # Fewer than asked for: the last customer and meter has been looked at.
+    last = chosen[-1]
+    reached = Place(last.customer, last.event_name) if len(chosen) == limit and last.pending else BEGINNING
+    ids = [row.id for row in chosen]
+    await set_aside(connection, ids, rules, now)
+    rows = (
+        await connection.execute(CLAIM, {"ids": ids, "now": now, "lease_until": now + lease(settings, sender)})
+    ).all()
+    records = {}
+    if sender == "usage_records" and rows:
+        found = await connection.execute(FIND_RECORDS, {"ids": [row.id for row in rows], "prices": prices_of(rules)})
+        records = {row.id: (row.item, row.before) for row in found}
+    claimed = []
+    for row in rows:
+        message = Message(row.event_name, row.identifier, row.payload, row.timestamp, row.attempts)
+        item, before = records.get(row.id, (None, Decimal(0)))
+        record = Record(message, item, before + row.value) if row.id in records else None
+        claimed.append(Claimed(row.id, message, row.unknown_before, record))
+    await connection.execute(USE_TOKENS, {"name": name, "used": len(claimed)})
+    return Turn(len(chosen), len(claimed), reached), claimed
 
 
-async def _rate_limited(resources: Resources, now: datetime) -> bool:
-    async with db.transaction(resources.engine) as connection:
-        due = await connection.scalar(
-            text("""
-                SELECT EXISTS (SELECT FROM usage_deliveries d
-                                WHERE state = 'pending' AND next_attempt_at <= :now
-                                  AND NOT EXISTS (SELECT FROM usage_deliveries o
-                                                   WHERE o.customer = d.customer AND o.event_name = d.event_name
-                                                     AND o.state = 'sending'))
-            """),
-            {"now": now},
-        )
-    return bool(due)
+async def _send(resources: Resources, sender: Sender, claimed: Sequence[Claimed], now: datetime) -> list[Outcome]:
+    messages = [delivery.message for delivery in claimed]
+    match sender:
+        case "meter_events":
+            return await send_meter_events(resources.stripe, messages, lanes=CALLS_AT_ONCE)
+        case "meter_event_stream":
+            session = resources.meter_event_session
+            return await send_stream(session, messages, now, lanes=STREAM_REQUESTS_AT_ONCE, seconds=STREAM_SECONDS)
+        case "usage_records":
+            records = [delivery.record for delivery in claimed if delivery.record is not None]
+            return await send_usage_records(resources.stripe, records, lanes=CALLS_AT_ONCE)
 
 
-async def _settle(connection: AsyncConnection, claimed: list[Claimed], outcomes: list[Outcome], now: datetime) -> None:
+async def _settle(
+    connection: AsyncConnection,
+    rules: Rules,
+    claimed: Sequence[Claimed],
+    outcomes: Sequence[Outcome],
+    at: datetime,
+    settled_at: datetime,
+) -> None:
+    """Write down the answers to tries that were made at `at`, and each try."""
     rows = []
     for delivery, outcome in zip(claimed, outcomes, strict=True):
-        still_unknown = delivery.unknown_before or (now if outcome.unknown else None)
+        unknown_since = delivery.unknown_before or (at if outcome.unknown else None)
+        state, reason = "pending" if outcome.state == "retry" else outcome.state, outcome.reason
+        if outcome.state == "parked" and unknown_since is not None:
+            # That this try was refused says nothing about an earlier one; Stripe's summaries will.
+            reason = "outcome_unknown"
         rows.append(
             {
                 "id": delivery.id,
-                "attempts": delivery.attempts,
-                "state": "pending" if outcome.state == "retry" else outcome.state,
-                "reason": outcome.reason,
-                "next_attempt_at": (now + backoff(delivery.attempts)).isoformat(),
-                "unknown_since": still_unknown.isoformat() if still_unknown and outcome.state != "sent" else None,
+                "attempts": delivery.message.attempt,
+                "state": state,
+                "reason": reason,
+                "next_attempt_at": (settled_at + backoff(delivery.message.attempt)).isoformat(),
+                "unknown_since": unknown_since.isoformat() if unknown_since and outcome.state != "sent" else None,
+                "outcome": outcome.state,
+                "said": outcome.reason,
+                "http_status": outcome.http_status,
+                "request_id": outcome.request_id,
             }
         )
-    settled = (await connection.execute(SETTLE, {"rows": json.dumps(rows), "now": now})).mappings()
+    written = await connection.execute(SETTLE, {"rows": json.dumps(rows), "at": at, "settled_at": settled_at})
+    settled = written.mappings().all()
     await announce_parked(connection, [row for row in settled if row["state"] == "parked"])
+    first = {delivery.id: delivery.unknown_before or at for delivery in claimed}
+    sent = [Taken(row["id"], first[row["id"]]) for row in settled if row["state"] == "sent"]
+    await mark_taken_late(connection, sent, rules)
 
 
 def backoff(attempts: int) -> timedelta:

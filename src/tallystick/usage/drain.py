@@ -25,26 +25,27 @@ CONSUMER = f"{socket.gethostname()}:{os.getpid()}"
 
 
 async def drain(resources: Resources, now: datetime, *, reclaim_after: timedelta = RECLAIM_AFTER) -> int:
-    """Move all that waits in Redis into the ledger; how many events were read. `now` is every loop's argument."""
+    """Move all that waits in Redis into the ledger; how many events were read."""
     drained = 0
     while entries := await read_entries(
         resources.redis, CONSUMER, ENTRIES_PER_TRANSACTION, reclaim_after=reclaim_after
     ):
         for batch in _split(entries):
-            drained += await _record(resources, batch)
+            drained += await _record(resources, batch, now)
     return drained
 
 
-async def _record(resources: Resources, batch: list[Entry]) -> int:
+async def _record(resources: Resources, batch: list[Entry], now: datetime) -> int:
     events = [event for entry in batch for event in entry.events]
     try:
         async with db.transaction(resources.engine) as connection:
-            await record_events(connection, events, accepted_already=True)
+            rules = resources.rules.current(now).meters
+            await record_events(connection, events, accepted_already=True, rules=rules)
     except db.STORAGE_ERRORS as error:
         if len(batch) == 1 or db.is_storage_failure(error):
             raise
         # Something in one of them is more than the ledger can take. The others must not wait for it.
-        recorded = await asyncio.gather(*(_record(resources, [entry]) for entry in batch), return_exceptions=True)
+        recorded = await asyncio.gather(*(_record(resources, [entry], now) for entry in batch), return_exceptions=True)
         failed = [result for result in recorded if isinstance(result, BaseException)]
         if failed:
             raise failed[0] from error

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 MAX_EVENTS = 1_000
 MAX_TEXT = 100
+MAX_PROPERTIES = 10
 # Stripe takes a value of at most 15 significant digits, and an invoice line shows at most 12 decimal places.
 MAX_DIGITS = 15
 MAX_DECIMALS = 12
@@ -17,14 +18,18 @@ MAX_DECIMALS = 12
 MAX_AGE = timedelta(days=34)
 MAX_AHEAD = timedelta(minutes=5)
 
-FIELDS = frozenset({"id", "customer", "meter", "value", "timestamp"})
+FIELDS = frozenset({"id", "customer", "meter", "value", "timestamp", "properties"})
 NUMBER_CHARACTERS = frozenset("0123456789+-.eE")
 
 Key = tuple[str, str]
+Properties = tuple[tuple[str, str], ...]
 
 
 class UsageEvent(NamedTuple):
-    """One use of a meter by a customer. `(source, id)` identifies it; `stamped`: it came without a timestamp."""
+    """One use of a meter by a customer. `(source, id)` identifies it; `stamped`: it came without a timestamp.
+
+    `properties` are sorted by name.
+    """
 
     source: str
     id: str
@@ -34,20 +39,28 @@ class UsageEvent(NamedTuple):
     timestamp: datetime
     stamped: bool
     received_at: datetime
+    properties: Properties = ()
 
     @property
     def key(self) -> Key:
         return self.source, self.id
 
     def id_digest(self) -> bytes:
-        """10 bytes for `(source, id)`: among 10⁹ ids, two share one with a chance of 10⁻⁶."""
-        return hashlib.blake2b(f"{self.source}\0{self.id}".encode(), digest_size=10).digest()
+        """As `digest_id` of its key."""
+        return digest_id(self.source, self.id)
 
     def body_digest(self) -> bytes:
         """6 bytes for all else that the sender chose; a stamped time is not the sender's, so it is left out."""
         at = "" if self.stamped else self.timestamp.isoformat()
         body = f"{self.customer_ref}\0{self.meter}\0{plain(self.value)}\0{at}"
+        for name, value in self.properties:
+            body += f"\0{name}\0{value}"
         return hashlib.blake2b(body.encode(), digest_size=6).digest()
+
+
+def digest_id(source: str, id: str) -> bytes:
+    """10 bytes for `(source, id)`: among 10⁹ ids, two share one with a chance of 10⁻⁶."""
+    return hashlib.blake2b(f"{source}\0{id}".encode(), digest_size=10).digest()
 
 
 @dataclass(frozen=True)
@@ -94,6 +107,7 @@ def read_event(candidate: Any, source: str, now: datetime) -> UsageEvent:
         timestamp=timestamp or now,
         stamped=timestamp is None,
         received_at=now,
+        properties=read_properties(event.get("properties"), "properties"),
     )
 
 
@@ -171,6 +185,27 @@ def read_value(value: Any, name: str) -> Decimal:
         "value_out_of_range",
         f"The field {name!r} may have at most {MAX_DIGITS} digits, at most {MAX_DECIMALS} of them after the point.",
     )
+
+
+def read_properties(value: Any, name: str) -> Properties:
+    """An event's properties from an object of strings, sorted; none from null. Raises `BadEvent`, which says `name`."""
+    if value is None:
+        return ()
+    if isinstance(value, Unreadable):
+        raise BadEvent(value.code, f"In the field {name!r}: {value.message}")
+    if not isinstance(value, dict):
+        raise BadEvent("invalid_field", f"The field {name!r} must be an object.")
+    given = sorted((key, text) for key, text in value.items() if text is not None)
+    if len(given) > MAX_PROPERTIES:
+        raise BadEvent("invalid_field", f"The field {name!r} may have at most {MAX_PROPERTIES} members.")
+    for key, text in given:
+        if not is_text(key) or not is_text(text):
+            shown = f"{name}.{key[:MAX_TEXT]}"
+            raise BadEvent(
+                "invalid_field",
+                f"The field {shown!a} must be a string of 1 to {MAX_TEXT} characters without control characters.",
+            )
+    return tuple(given)
 
 
 def plain(value: Decimal) -> str:

@@ -2,9 +2,10 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from datetime import datetime
 from decimal import Decimal
+from functools import partial
 from typing import Any, NoReturn
 
 from starlette.datastructures import Headers
@@ -30,27 +31,31 @@ MEDIA_TYPES = (JSON, *sorted(NDJSON), CLOUDEVENT, CLOUDEVENTS_BATCH)
 Parsed = tuple[list[tuple[int, UsageEvent]], list[Rejection]]
 
 
-def parse_events(raw: bytes, headers: Headers, source: str, now: datetime) -> Parsed:
+def parse_events(raw: bytes, headers: Headers, source: str, now: datetime, declared: Mapping[str, Set[str]]) -> Parsed:
     """Read at most `MAX_EVENTS` events in the format that the headers name; `source` is the API key's.
+
+    `declared`: the properties of each meter that has some. Of a CloudEvent, only those are read; whether an event of
+    our own form has others is not looked at here.
 
     Returns the good events with their index in the request, and a rejection for each of the others. Raises
     `InvalidRequest` when the body as a whole cannot be read, `Unsupported` when its format is not known: nothing of
     it was taken then.
     """
     media_type = _read_media_type(headers)
+    read_one = partial(read_cloudevent, declared=declared)
     candidates: Any
     if media_type == CLOUDEVENT:
-        return _read_each([_parse_json(raw)], source, now, read_cloudevent, find_cloudevent_id)
+        return _read_each([_parse_json(raw)], source, now, read_one, find_cloudevent_id)
     if media_type == CLOUDEVENTS_BATCH:
         candidates = _parse_json(raw)
         if not isinstance(candidates, list):
             raise InvalidRequest("A batch of CloudEvents is a JSON array.", type="not-an-array")
-        return _read_each(candidates, source, now, read_cloudevent, find_cloudevent_id)  # none at all is a valid batch
+        return _read_each(candidates, source, now, read_one, find_cloudevent_id)  # none at all is a valid batch
     if is_binary_mode(headers):
         if media_type != FORM and not is_json(media_type):
             raise _not_supported(f"The Content-Type {media_type[:100]!a} of a CloudEvent's data")
         data = {"data": _parse_json(raw)} if raw else {}
-        return _read_each([read_binary_mode(headers, data)], source, now, read_cloudevent, find_cloudevent_id)
+        return _read_each([read_binary_mode(headers, data)], source, now, read_one, find_cloudevent_id)
     if media_type in (JSON, FORM):
         document = _parse_json(raw)
         candidates = document if isinstance(document, list) else [document]

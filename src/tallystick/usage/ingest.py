@@ -22,11 +22,13 @@ from tallystick.bodies import read_decoded_body
 from tallystick.errors import InvalidRequest, Unavailable
 from tallystick.metrics import USAGE_EVENTS, USAGE_PATH
 from tallystick.resources import Resources
+from tallystick.rules import MeterRules
+from tallystick.usage.aggregations import NO_RULES
 from tallystick.usage.buffer import BufferUnavailable, claim_and_append
-from tallystick.usage.events import Rejection, UsageEvent
+from tallystick.usage.events import BadEvent, Rejection, UsageEvent
 from tallystick.usage.formats import parse_events
 from tallystick.usage.ledger import record_events
-from tallystick.usage.meters import find_meters
+from tallystick.usage.meters import Meter, find_meters
 
 log = structlog.get_logger()
 
@@ -71,16 +73,19 @@ async def receive_usage(request: Request) -> Response:
         return Response(status_code=400)  # it hung up before its body was here, so nobody reads this
     now = datetime.now(UTC)
 
-    events, rejections = parse_events(raw, request.headers, key.source, now)
     resources: Resources = request.app.state.resources
-    meters = await find_meters(request.app.state.meters, resources, {event.meter for _, event in events}, now)
+    rules = resources.rules.current(now)
+    declared = {name: meter.declared for name, meter in rules.meters.items()}
+    events, rejections = parse_events(raw, request.headers, key.source, now, declared)
+    # Usage records have no meter at Stripe that one could ask for.
+    asked = {event.meter for _, event in events if rules.meters.get(event.meter, NO_RULES).sender != "usage_records"}
+    meters = await find_meters(request.app.state.meters, resources, asked, now)
     taken: list[tuple[int, UsageEvent]] = []
     for index, event in events:
-        meter = meters.get(event.meter)
-        if meter is None:
-            rejections.append(Rejection(index, event.id, "unknown_meter", f"Stripe has no meter {event.meter!a}."))
-        elif (refusal := meter.refusal()) is not None:
-            rejections.append(Rejection(index, event.id, "unsupported_meter", refusal))
+        try:
+            _check_meter(event, meters.get(event.meter), rules.meters.get(event.meter, NO_RULES))
+        except BadEvent as bad:
+            rejections.append(Rejection(index, event.id, bad.code, bad.message))
         else:
             taken.append((index, event))
 
@@ -109,6 +114,33 @@ async def receive_usage(request: Request) -> Response:
     return JSONResponse(answer, status_code=422 if all_bad else 202)
 
 
+def _check_meter(event: UsageEvent, meter: Meter | None, rules: MeterRules) -> None:
+    """Whether an event can be counted as its meter and the rules ask for. Raises `BadEvent`."""
+    if rules.sender == "usage_records":
+        # Stripe takes whole numbers only there, and what is rounded is billed wrongly.
+        if event.value != event.value.to_integral_value():
+            raise BadEvent(
+                "invalid_value", f"The meter {event.meter!a} is told by usage records, which are whole numbers."
+            )
+    elif meter is None:
+        raise BadEvent("unknown_meter", f"Stripe has no meter {event.meter!a}.")
+    elif (refusal := meter.refusal(rules)) is not None:
+        raise BadEvent("unsupported_meter", refusal)
+    elif meter.formula == "count" and event.value != 1:
+        raise BadEvent(
+            "invalid_value", f"The meter {event.meter!a} counts events: leave the field 'value' out, or send 1."
+        )
+    given = {name for name, _ in event.properties}
+    if not given <= rules.declared:
+        there_are = f"there are: {', '.join(sorted(rules.declared))}" if rules.declared else "it declares none"
+        unknown = min(given - rules.declared)
+        raise BadEvent("unknown_property", f"The meter {event.meter!a} has no property {unknown!a}; {there_are}.")
+    if rules.property is not None and rules.property not in given:
+        raise BadEvent(
+            "missing_property", f"The meter {event.meter!a} counts the values of {rules.property!a}: send it."
+        )
+
+
 def _list_results(
     taken: list[tuple[int, UsageEvent]], results: list[str], rejections: list[Rejection]
 ) -> list[dict[str, object]]:
@@ -127,7 +159,7 @@ async def _keep(resources: Resources, breaker: Breaker, events: list[UsageEvent]
     """Put the events on a disk, Redis's or PostgreSQL's; `accepted`, `duplicate` or `conflict` for each."""
     settings = resources.settings
     if breaker.is_open(now):
-        return await _record_directly(resources, events)
+        return await _record_directly(resources, events, now)
     try:
         claims = await claim_and_append(
             resources.redis,
@@ -144,13 +176,14 @@ async def _keep(resources: Resources, breaker: Breaker, events: list[UsageEvent]
         # first.
         breaker.open(now)
         log.warning("usage_goes_to_the_ledger_directly", error=str(error))
-    return await _record_directly(resources, events)
+    return await _record_directly(resources, events, now)
 
 
-async def _record_directly(resources: Resources, events: list[UsageEvent]) -> list[str]:
+async def _record_directly(resources: Resources, events: list[UsageEvent], now: datetime) -> list[str]:
+    rules = resources.rules.current(now).meters
     try:
         async with db.transaction(resources.engine) as connection:
-            recorded = await record_events(connection, events, accepted_already=False)
+            recorded = await record_events(connection, events, accepted_already=False, rules=rules)
     except db.STORAGE_ERRORS as error:
         raise Unavailable("Usage cannot be stored right now; send it again.", retry_after_seconds=2) from error
     USAGE_PATH.labels("ledger").inc()

@@ -1,6 +1,7 @@
 """Stripe's meters: which names usage may be posted for, and how each is told to Stripe."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
@@ -11,6 +12,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tallystick import db, stripe_gateway
 from tallystick.errors import Unavailable
 from tallystick.resources import Resources
+from tallystick.rules import MeterRules
+from tallystick.usage.aggregations import NO_RULES
 
 log = structlog.get_logger()
 
@@ -36,6 +39,9 @@ WRITE_LISTED = text("""
      WHERE CAST(t.xmin AS text) = CAST(:versions AS json) ->> t.id
 """)
 
+# Those of Stripe's whose usage can be told in deliveries (docs/decisions/0011-aggregations.md).
+FORMULAS = frozenset({"sum", "count", "last"})
+
 LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
@@ -51,13 +57,16 @@ class Meter:
     event_time_window: str | None
     status: str
 
-    def refusal(self) -> str | None:
-        """Why usage for this meter cannot be taken, or None."""
+    def refusal(self, rules: MeterRules = NO_RULES) -> str | None:
+        """Why usage for this meter cannot be taken under these rules, or None."""
         if self.status != "active":
             return f"The meter {self.event_name!a} is not active at Stripe."
-        if self.formula != "sum":
+        if self.formula not in FORMULAS:
+            return f"The meter {self.event_name!a} has the formula {self.formula!a}, which is not known here."
+        if rules.aggregation is not None and self.formula != "last":
             return (
-                f"The meter {self.event_name!a} has the formula {self.formula!a}; only sums can be folded by the hour."
+                f"The meter {self.event_name!a} has the formula {self.formula!a} at Stripe, and the rules file asks"
+                f" for {rules.aggregation!a}, which only a meter with the formula 'last' can be told."
             )
         if self.event_time_window is not None:
             return (
@@ -122,6 +131,36 @@ async def refresh_meters(resources: Resources, now: datetime) -> int:
     async with db.transaction(resources.engine) as connection:
         await connection.execute(WRITE_LISTED, {"rows": json.dumps(rows), "versions": json.dumps(versions), "now": now})
     return len(rows)
+
+
+def list_unfit(meters: Mapping[str, Meter], rules: Mapping[str, MeterRules]) -> dict[str, str]:
+    """Why usage is refused, for each meter that cannot be used and each rule that fits no meter; by name."""
+    reasons = {}
+    for name in sorted(meters.keys() | rules.keys()):
+        meter, its_rules = meters.get(name), rules.get(name, NO_RULES)
+        if its_rules.sender == "usage_records":
+            if meter is not None and meter.status == "active":
+                reasons[name] = (
+                    f"The rules file sends the usage of {name!a} as usage records, but Stripe has a meter of this name,"
+                    " which is told nothing."
+                )
+        elif meter is None:
+            reasons[name] = f"The rules file has a meter {name!a}, which Stripe does not have."
+        elif (refusal := meter.refusal(its_rules)) is not None and (meter.status == "active" or name in rules):
+            reasons[name] = refusal
+    return reasons
+
+
+async def warn_of_unfit_meters(resources: Resources, now: datetime) -> None:
+    """Log a warning for each meter whose usage is refused, by name. Without PostgreSQL there is nothing to say yet."""
+    try:
+        async with db.transaction(resources.engine) as connection:
+            meters = await read_meters(connection)
+    except db.STORAGE_ERRORS as error:
+        log.warning("meters_not_read", error=type(error).__name__)
+        return
+    for reason in list_unfit(meters, resources.rules.current(now).meters).values():
+        log.warning("meter_unfit", reason=reason)
 
 
 async def read_meters(connection: AsyncConnection) -> dict[str, Meter]:

@@ -15,6 +15,13 @@ DAYS_AHEAD = 8
 # Another number than that of the migrations: two workers that make partitions wait for each other, not for those.
 PARTITION_LOCK = 0x7A12
 
+# Every event is counted; quantities only of meters whose quantities add up, as conservation counts them.
+RETIRE = """
+    INSERT INTO usage_retired
+    SELECT :day, count(*), coalesce(sum(e.value) FILTER (WHERE t.aggregation IN ('sum', 'count')), 0)
+      FROM {partition} e LEFT JOIN usage_totals t ON t.id = e.total_id
+"""
+
 
 async def keep_partitions(resources: Resources, now: datetime) -> int:
     """Make the partitions that are needed soon, drop those past the retention; how many were touched."""
@@ -54,7 +61,7 @@ async def drop_partitions(connection: AsyncConnection, before: date) -> int:
     old = sorted(day for day in await _find_partitions(connection) if day < before)
     for day in old:
         await connection.execute(
-            text(f"INSERT INTO usage_retired SELECT :day, count(*), coalesce(sum(value), 0) FROM {_name(day)}"),  # noqa: S608
+            text(RETIRE.format(partition=_name(day))),
             {"day": day},
         )
         await connection.execute(text(f"DROP TABLE {_name(day)}"))

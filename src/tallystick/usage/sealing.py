@@ -3,7 +3,10 @@
 When a total is due:
 
     its bucket has ended        hourly by default (`TALLYSTICK_SEAL_EVERY_SECONDS`); at once when its period has
-    ended too a threshold is reached      `TALLYSTICK_SEAL_THRESHOLD`, in the bucket that is still open
+                                ended too
+    a threshold is reached      `TALLYSTICK_SEAL_THRESHOLD`, in the bucket that is still open
+    many events wait one by one those of a `count` meter, of which each is a delivery
+    its period ends soon        usage records only, which Stripe takes in the present period and not later
     Stripe drafted an invoice   a row in `seal_requests`, written in the webhook's own transaction
     by command                  `tallystick flush`
 
@@ -13,9 +16,10 @@ of one quantity: the number and the quantity move together in one transaction.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from decimal import ROUND_DOWN, Decimal, localcontext
+from decimal import Decimal
 from typing import Literal
 
 from sqlalchemy import text
@@ -23,29 +27,37 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tallystick import db
 from tallystick.resources import Resources
+from tallystick.rules import MeterRules
+from tallystick.usage.aggregations import NO_RULES
+from tallystick.usage.cuts import cut_totals
 from tallystick.usage.drain import drain
-from tallystick.usage.events import MAX_DIGITS, plain
-from tallystick.usage.meters import Meter, read_meters
+from tallystick.usage.events import plain
+from tallystick.usage.meters import read_meters
 from tallystick.usage.parking import announce_parked
+from tallystick.usage.parts import COUNTED_PER_SEAL, STRIPE_MAX_AGE, Part, Total, list_parts
 
 TOTALS_PER_TRANSACTION = 500
-
-LARGEST_PART = Decimal(10) ** MAX_DIGITS - 1
-MAX_SUM_DIGITS = 100
 
 # Usage of an hour that has just ended may still be on its way through Redis.
 SETTLE = timedelta(seconds=60)
 
-# Stripe refuses timestamps older than this; what is closer to it than a day of retries would need is not worth the try.
-STRIPE_MAX_AGE = timedelta(days=35)
+# Usage records of a period are taken until it ends, so that its last ones must be told before: the nearer its end the
+# less is left out, and each telling is a call.
+RECORDS_BEFORE_END = timedelta(minutes=15)
+RECORDS_EVERY = timedelta(seconds=60)
 
-# A total without a linked customer or without a meter stays open. One whose customer has no subscription waits a
-# while for it: the subscription's start may cut the bucket, and without one there is no invoice to be in time for.
+# A total without a linked customer or without a meter that it fits stays open. One whose customer has no subscription
+# waits a while for it: the subscription's start may cut the bucket, and without one there is no invoice to be in time
+# for.
 SELECT_DUE = """
-    SELECT t.id, t.customer_ref, t.meter, t.bucket_start, t.bucket_end, t.quantity - t.sealed AS unsealed,
-           t.events - t.sealed_events AS unsealed_events, t.seal, r.customer
-      FROM usage_totals t JOIN customer_references r ON r.ref = t.customer_ref
-     WHERE t.events <> t.sealed_events AND t.meter = ANY(:meters) AND ({due})
+    SELECT t.id, t.customer_ref, t.meter, t.bucket_start, t.bucket_end, t.aggregation, t.quantity,
+           t.quantity - t.sealed AS unsealed, t.events - t.sealed_events AS unsealed_events, t.seal, r.customer
+      FROM usage_totals t
+      JOIN customer_references r ON r.ref = t.customer_ref
+      JOIN unnest(CAST(:meters AS text[]), CAST(:formulas AS text[])) AS m(meter, formula)
+        ON m.meter = t.meter
+       AND m.formula = CASE WHEN t.aggregation IN ('max', 'unique_count') THEN 'last' ELSE t.aggregation END
+     WHERE t.events <> t.sealed_events AND ({due})
      ORDER BY t.customer_ref, t.meter, t.bucket_start
      LIMIT :limit
        FOR UPDATE OF t {locked}
@@ -56,6 +68,10 @@ DUE_BY_TIME = """
      OR t.opened_at <= :held_until)
     AND (
         t.quantity - t.sealed >= :threshold
+        OR t.aggregation = 'count' AND t.events - t.sealed_events >= :counted
+        OR t.meter = ANY(:recorded) AND (t.sealed_at IS NULL OR t.sealed_at <= :recorded_before)
+           AND EXISTS (SELECT FROM period_boundaries b
+                        WHERE b.customer = r.customer AND b.at > :now AND b.at <= :ending)
         OR t.bucket_end <= :settled AND (
             t.sealed_at IS NULL
             OR t.sealed_at <= :sealed_before
@@ -64,69 +80,44 @@ DUE_BY_TIME = """
     )
 """
 
-FIND_CUTS = text("""
-    SELECT t.id, b.at
-      FROM usage_totals t
-      JOIN customer_references r ON r.ref = t.customer_ref
-      JOIN period_boundaries b ON b.customer = r.customer AND b.at > t.bucket_start AND b.at < t.bucket_end
-     WHERE t.id = ANY(:totals)
-     ORDER BY t.id, b.at DESC
-""")
-
-OPEN_CUT = text("""
-    INSERT INTO usage_totals AS t (customer_ref, meter, bucket_start, bucket_end)
-    SELECT customer_ref, meter, :at, bucket_end FROM usage_totals WHERE id = :total
-    ON CONFLICT (customer_ref, meter, bucket_start) DO UPDATE SET bucket_end = least(t.bucket_end, excluded.bucket_end)
-    RETURNING id, seal
-""")
-
-MOVE_EVENTS = text("""
-    WITH moved AS (
-        UPDATE usage_events SET total_id = :new_total, seal = :new_seal
-         WHERE total_id = :total AND seal = :seal AND timestamp >= :at
-           AND day BETWEEN CAST(:first_day AS date) AND CAST(:last_day AS date)
-        RETURNING value
-    ), sums AS (SELECT coalesce(sum(value), 0) AS quantity, count(*) AS events FROM moved)
-    UPDATE usage_totals t
-       SET quantity = t.quantity + CASE t.id WHEN :total THEN -sums.quantity ELSE sums.quantity END,
-           events = t.events + CASE t.id WHEN :total THEN -sums.events ELSE sums.events END,
-           bucket_end = CASE t.id WHEN :total THEN :at ELSE t.bucket_end END
-      FROM sums WHERE t.id IN (:total, :new_total)
-""")
-
 INSERT_DELIVERIES = text("""
     INSERT INTO usage_deliveries
            (total_id, opened_seal, seal, events, customer, event_name, identifier, payload, value, timestamp, state,
-            reason, next_attempt_at)
+            reason, aggregation, sender, next_attempt_at)
     SELECT total_id, opened_seal, seal, events, customer, event_name, identifier, payload, value, timestamp, state,
-           reason, :now
+           reason, aggregation, sender, :now
       FROM json_to_recordset(CAST(:rows AS json))
         AS r(total_id bigint, opened_seal integer, seal integer, events bigint, customer text, event_name text,
-             identifier text, payload jsonb, value numeric, timestamp bigint, state text, reason text)
+             identifier text, payload jsonb, value numeric, timestamp bigint, state text, reason text,
+             aggregation text, sender text)
 """)
 
-# The totals are locked, so their quantity is still the one that was read.
+# The totals are locked, so what is open is still what was read. One of which a part stays open remains due.
 CLOSE_SEALS = text("""
     UPDATE usage_totals t
-       SET sealed = t.quantity, sealed_events = t.events, seal = r.next_seal, sealed_at = :now
-      FROM json_to_recordset(CAST(:rows AS json)) AS r(id bigint, next_seal integer)
+       SET sealed = t.sealed + r.quantity, sealed_events = t.sealed_events + r.events, seal = r.next_seal,
+           sealed_at = CASE WHEN t.events = t.sealed_events + r.events THEN :now ELSE t.sealed_at END
+      FROM json_to_recordset(CAST(:rows AS json)) AS r(id bigint, next_seal integer, quantity numeric, events bigint)
      WHERE t.id = r.id
 """)
 
 
 @dataclass(frozen=True)
-class Total:
-    """A locked total with something to seal."""
+class Route:
+    """How a meter's usage is told to Stripe: by which sender, and what its payload is made of."""
 
-    id: int
-    customer_ref: str
-    meter: str
-    bucket_start: datetime
-    bucket_end: datetime
-    unsealed: Decimal
-    unsealed_events: int
-    seal: int
-    customer: str
+    event_name: str
+    formula: str
+    sender: str
+    customer_key: str
+    value_key: str
+    price: str | None
+
+    def payload(self, customer: str, value: Decimal) -> dict[str, str]:
+        """What is sent, word for word. A usage record's quantity is that of the whole bucket when it is sent."""
+        if self.price is not None:
+            return {"price": self.price}
+        return {self.customer_key: customer, self.value_key: plain(value)}
 
 
 async def seal_due(resources: Resources, now: datetime) -> int:
@@ -142,6 +133,12 @@ async def seal_due(resources: Resources, now: datetime) -> int:
         "settled": now - SETTLE,
         "sealed_before": now - timedelta(seconds=settings.seal_every_seconds),
         "held_until": now - timedelta(hours=settings.hold_without_subscription_hours),
+        "counted": COUNTED_PER_SEAL,
+        "recorded": sorted(
+            name for name, meter in resources.rules.current(now).meters.items() if meter.sender == "usage_records"
+        ),
+        "recorded_before": now - RECORDS_EVERY,
+        "ending": now + RECORDS_BEFORE_END,
     }
     if settings.seal_threshold is not None:
         parameters["threshold"] = settings.seal_threshold
@@ -180,123 +177,116 @@ async def answer_seal_requests(resources: Resources, now: datetime) -> int:
 async def _seal_all(
     resources: Resources, now: datetime, due: str, parameters: dict[str, object], *, locked: Literal["", "SKIP LOCKED"]
 ) -> int:
+    rules = resources.rules.current(now).meters
     sealed = 0
-    while True:
+    more = True
+    while more:
         async with db.transaction(resources.engine) as connection:
-            count = await _seal_some(connection, now, due, parameters, locked)
+            routes = await _find_routes(connection, rules, resources.settings.sender)
+            count, more = await _seal_some(connection, now, due, parameters, locked, routes, rules)
         sealed += count
-        if count < TOTALS_PER_TRANSACTION:
-            return sealed
+    return sealed
+
+
+async def _find_routes(
+    connection: AsyncConnection, rules: Mapping[str, MeterRules], default_sender: str
+) -> dict[str, Route]:
+    """The meters whose usage can be told, by name."""
+    routes = {}
+    for name, meter in (await read_meters(connection)).items():
+        its_rules = rules.get(name, NO_RULES)
+        if meter.refusal(its_rules) is None:
+            sender = its_rules.sender or default_sender
+            routes[name] = Route(name, meter.formula, sender, meter.customer_key, meter.value_key, None)
+    for name, its_rules in rules.items():
+        if its_rules.sender == "usage_records":
+            routes[name] = Route(name, "sum", "usage_records", "", "", its_rules.price)
+    return routes
 
 
 async def _seal_some(
-    connection: AsyncConnection, now: datetime, due: str, parameters: dict[str, object], locked: str
-) -> int:
-    meters = {name: meter for name, meter in (await read_meters(connection)).items() if meter.refusal() is None}
+    connection: AsyncConnection,
+    now: datetime,
+    due: str,
+    parameters: dict[str, object],
+    locked: str,
+    routes: Mapping[str, Route],
+    rules: Mapping[str, MeterRules],
+) -> tuple[int, bool]:
+    """Seal some totals; how many, and whether there may be more to seal."""
     rows = await connection.execute(
         text(SELECT_DUE.format(due=due, locked=locked)),
-        {"meters": sorted(meters), "limit": TOTALS_PER_TRANSACTION, **parameters},
+        {
+            "meters": list(routes),
+            "formulas": [route.formula for route in routes.values()],
+            "limit": TOTALS_PER_TRANSACTION,
+            **parameters,
+        },
     )
     totals = [Total(*row) for row in rows]
     if not totals:
-        return 0
-    if await _cut(connection, totals):
+        return 0, False
+    if await cut_totals(connection, totals, rules):
         # The locked rows have changed; what was cut off may not be due yet. They stay locked, so this ends.
-        return await _seal_some(connection, now, due, parameters, locked)
+        return await _seal_some(connection, now, due, parameters, locked, routes, rules)
     installation = str(await connection.scalar(text("SELECT id FROM installation")))
-    deliveries: list[dict[str, object]] = []
-    seals: list[dict[str, object]] = []
-    for total in totals:
-        parts = split_value(total.unsealed)
-        deliveries += [
-            _delivery(installation, total, total.seal + number, part, meters[total.meter], now)
-            for number, part in enumerate(parts)
-        ]
-        seals.append({"id": total.id, "next_seal": total.seal + len(parts)})
+    parts = await list_parts(connection, totals, now)
+    deliveries = [_delivery(installation, part, routes[part.total.meter], now) for part in parts]
     await connection.execute(INSERT_DELIVERIES, {"rows": json.dumps(deliveries), "now": now})
     await announce_parked(connection, [delivery for delivery in deliveries if delivery["state"] == "parked"])
-    await connection.execute(CLOSE_SEALS, {"rows": json.dumps(seals), "now": now})
-    return len(totals)
+    seals = _close(parts)
+    await connection.execute(CLOSE_SEALS, {"rows": json.dumps(list(seals.values())), "now": now})
+    left_open = sum(total.unsealed_events for total in totals) > sum(part.events for part in parts)
+    return len(seals), bool(parts) and (left_open or len(totals) == TOTALS_PER_TRANSACTION)
 
 
-async def _cut(connection: AsyncConnection, totals: list[Total]) -> bool:
-    """Cut totals at boundaries that were learnt after their bucket was opened; only what is not sealed yet can move."""
-    cuts = (await connection.execute(FIND_CUTS, {"totals": [total.id for total in totals]})).all()
-    by_id = {total.id: total for total in totals}
-    for total_id, at in cuts:
-        total = by_id[total_id]
-        new_total, new_seal = (await connection.execute(OPEN_CUT, {"total": total_id, "at": at})).one()
-        await connection.execute(
-            MOVE_EVENTS,
-            {
-                "total": total_id,
-                "seal": total.seal,
-                "new_total": new_total,
-                "new_seal": new_seal,
-                "at": at,
-                "first_day": total.bucket_start.date(),
-                "last_day": total.bucket_end.date(),
-            },
-        )
-    return bool(cuts)
+def _close(parts: list[Part]) -> dict[int, dict[str, object]]:
+    """What the totals' seals are closed with, by total. Of counted events each part closes its own."""
+    seals: dict[int, dict[str, object]] = {}
+    for part in parts:
+        total, closed = part.total, seals.get(part.total.id, {"events": 0})
+        events = int(str(closed["events"])) + part.events
+        quantity = Decimal(events) if part.of_event else total.unsealed
+        seals[total.id] = {"id": total.id, "next_seal": part.seal + 1, "quantity": str(quantity), "events": events}
+    return seals
 
 
-def _delivery(
-    installation: str, total: Total, seal: int, value: Decimal, meter: Meter, now: datetime
-) -> dict[str, object]:
-    timestamp = delivery_timestamp(total.bucket_start, total.bucket_end, now)
-    too_old = timestamp < now - STRIPE_MAX_AGE
+def _delivery(installation: str, part: Part, route: Route, now: datetime) -> dict[str, object]:
+    total = part.total
+    too_old = part.at < now - STRIPE_MAX_AGE
+    state, reason = "pending", None
+    if too_old:
+        state, reason = "parked", "older_than_35_days"
+    elif not part.says_something:
+        state, reason = "voided", "superseded"
     return {
         "total_id": total.id,
-        "opened_seal": total.seal,
-        "seal": seal,
-        "events": total.unsealed_events if seal == total.seal else 0,
+        "opened_seal": part.opened_seal,
+        "seal": part.seal,
+        "events": part.events,
         "customer": total.customer,
-        "event_name": meter.event_name,
-        "identifier": make_identifier(installation, total, seal),
-        "payload": {meter.customer_key: total.customer, meter.value_key: plain(value)},
-        "value": str(value),
-        "timestamp": int(timestamp.timestamp()),
-        "state": "parked" if too_old else "pending",
-        "reason": "older_than_35_days" if too_old else None,
+        "event_name": route.event_name,
+        "identifier": make_identifier(installation, part),
+        "payload": route.payload(total.customer, part.value),
+        "value": str(part.value),
+        "timestamp": int(part.at.timestamp()),
+        "state": state,
+        "reason": reason,
+        "aggregation": total.aggregation,
+        "sender": route.sender,
     }
 
 
-def make_identifier(installation: str, total: Total, seal: int) -> str:
-    """The name under which Stripe takes this seal once (docs/decisions/0005-identifiers.md).
+def make_identifier(installation: str, part: Part) -> str:
+    """The name under which Stripe takes this part once (docs/decisions/0005-identifiers.md).
 
     It is made of what the total is and not of its row's number, so that a restored database cannot give one name to two
-    different things.
+    different things. What carries one event of its own is named after it, whatever number it got.
     """
+    total = part.total
     named = f"{total.customer_ref}\0{total.meter}\0{total.bucket_start.isoformat()}"
-    return f"tally-{installation}-{hashlib.blake2b(named.encode(), digest_size=12).hexdigest()}-{seal}"
-
-
-def delivery_timestamp(bucket_start: datetime, bucket_end: datetime, now: datetime) -> datetime:
-    """The bucket's start, or as much later within the bucket as Stripe's 35 days ask for; whole seconds.
-
-    Period boundaries are whole seconds, so every whole second of a bucket lies in the same period as the bucket.
-    """
-    still_taken = (now - STRIPE_MAX_AGE + timedelta(minutes=10)).replace(microsecond=0)
-    return max(bucket_start, min(still_taken, bucket_end - timedelta(seconds=1)))
-
-
-def split_value(value: Decimal) -> list[Decimal]:
-    """Cut a quantity into parts that Stripe takes, of at most 15 digits each as written, with the same exact sum.
-
-    Whole parts are cut off by the largest that fits, so there are never more parts than events of which they are the
-    sum. A sum of 0 is one part: its events are told like any others.
-    """
-    parts: list[Decimal] = []
-    with localcontext(prec=MAX_SUM_DIGITS):  # the default context would round at 28
-        sign = Decimal(-1 if value < 0 else 1)
-        rest = abs(value)
-        while rest > LARGEST_PART:
-            parts.append(sign * LARGEST_PART)
-            rest -= LARGEST_PART
-        if len(plain(rest).replace(".", "").lstrip("0")) > MAX_DIGITS:
-            parts.append(sign * rest.to_integral_value(ROUND_DOWN))
-            rest -= rest.to_integral_value(ROUND_DOWN)
-        if rest:
-            parts.append(sign * rest)
-    return parts or [Decimal(0)]
+    end = str(part.seal)
+    if part.of_event is not None:
+        named += "\0" + "\0".join(part.of_event)
+        end = "e"
+    return f"tally-{installation}-{hashlib.blake2b(named.encode(), digest_size=12).hexdigest()}-{end}"

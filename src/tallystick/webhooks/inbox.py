@@ -25,8 +25,9 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
+from structlog.contextvars import bind_contextvars
 
-from tallystick import db
+from tallystick import db, tracing
 from tallystick.access.state import recompute_access
 from tallystick.access.timeline import lines_of
 from tallystick.bodies import read_body
@@ -36,6 +37,7 @@ from tallystick.mirror.apply import apply_changes
 from tallystick.mirror.changes import InvoiceChange
 from tallystick.resources import Resources
 from tallystick.rules import AccessRules
+from tallystick.usage.error_reports import ErrorReport, note_error_reports
 from tallystick.usage.sealing_requests import request_seals
 from tallystick.webhooks.stale import note_stale
 from tallystick.webhooks.translate import Translation, translate
@@ -106,6 +108,7 @@ async def receive_webhook(request: Request) -> Response:
         raw = await read_body(request, MAX_BODY_BYTES)
         signature = request.headers.get("stripe-signature")
         event = read_event(raw, signature, endpoint, settings.webhook_tolerance_seconds, datetime.now(UTC))
+        bind_contextvars(event_id=event.id)
         if not is_served(event, endpoint, livemode=settings.livemode):
             WEBHOOK_EVENTS.labels("not_served").inc()
             return JSONResponse({"verdict": "not_served"})
@@ -119,7 +122,7 @@ async def receive_webhook(request: Request) -> Response:
         raise
     WEBHOOK_SECONDS.observe(perf_counter() - started)
     WEBHOOK_EVENTS.labels(verdict).inc()
-    log.info("stripe_event", id=event.id, type=event.type, verdict=verdict, endpoint=endpoint.name)
+    log.info("stripe_event", type=event.type, verdict=verdict, endpoint=endpoint.name)
     return JSONResponse({"verdict": verdict})
 
 
@@ -143,6 +146,8 @@ async def record_events(
     changes = [change for event in new if (change := translations[event.id].change) is not None]
     applied = await apply_changes(connection, changes)
     await request_seals(connection, _drafts(new, translations))
+    reports = [ErrorReport(event.id, event.type, event.object_id) for event in new if translations[event.id].reports]
+    await note_error_reports(connection, reports, now)
     await recompute_access(connection, applied.customers, rules, now, other_lines=lines_of(applied, changes))
     verdicts = {event.id: _verdict(translations[event.id], written=event.id in applied.events) for event in new}
     if applied.foreign:
@@ -165,6 +170,8 @@ def _first_copies(events: Sequence[StripeEvent]) -> list[StripeEvent]:
 def _verdict(translation: Translation, *, written: bool) -> Verdict:
     if translation.unusable is not None:
         return "quarantined"
+    if translation.reports:
+        return "applied"
     if translation.change is None:
         return "ignored"
     return "applied" if written else "stale"
@@ -273,21 +280,22 @@ class Inbox:
             return
         for (event, committed), verdict in zip(batch, verdicts, strict=True):
             if verdict == "quarantined":
-                log.error("stripe_event_quarantined", id=event.id, type=event.type)
+                log.error("stripe_event_quarantined", event_id=event.id, type=event.type)
             _answer(committed, verdict)
 
     async def _commit(self, events: Sequence[StripeEvent]) -> list[Verdict]:
         reference_key = self._resources.settings.customer_reference_key
         rules = self._resources.rules.current(datetime.now(UTC)).access
-        async with asyncio.timeout(COMMIT_WITHIN_SECONDS), db.transaction(self._resources.engine) as connection:
-            return await record_events(connection, events, reference_key, rules, datetime.now(UTC))
+        with tracing.span("webhook batch", events=len(events)):
+            async with asyncio.timeout(COMMIT_WITHIN_SECONDS), db.transaction(self._resources.engine) as connection:
+                return await record_events(connection, events, reference_key, rules, datetime.now(UTC))
 
     async def _settle_failed(self, event: StripeEvent, committed: asyncio.Future[Verdict], error: Exception) -> None:
         """A bug of ours: let Stripe try again some times, in case the next release knows better, then set it aside."""
         # The error's text may repeat what was sent; its class and the lines of code say enough.
         log.error(
             "stripe_event_failed",
-            id=event.id,
+            event_id=event.id,
             type=event.type,
             error=type(error).__name__,
             traceback="".join(format_tb(error.__traceback__)),
@@ -299,7 +307,7 @@ class Inbox:
             self._fail([(event, committed)], StorageFailed())
             return
         if quarantined:
-            log.error("stripe_event_quarantined", id=event.id, type=event.type, error=type(error).__name__)
+            log.error("stripe_event_quarantined", event_id=event.id, type=event.type, error=type(error).__name__)
             _answer(committed, "quarantined")
         else:
             self._fail([(event, committed)], Problem("The event could not be handled; it is tried again."))

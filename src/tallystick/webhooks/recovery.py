@@ -279,7 +279,7 @@ async def _submit_unknown(resources: Resources, inbox: Inbox, listed: Sequence[M
     for event, result in zip(unknown, results, strict=True):
         if isinstance(result, str):
             recovered += result != "duplicate"
-            log.info("stripe_event_recovered", id=event.id, type=event.type, verdict=result)
+            log.info("stripe_event_recovered", event_id=event.id, type=event.type, verdict=result)
         elif isinstance(result, Problem) and not isinstance(result, StorageFailed):
             failed += 1
         else:

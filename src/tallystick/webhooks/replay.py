@@ -95,7 +95,7 @@ async def _record_again(resources: Resources, event: StripeEvent, now: datetime)
         if before is not None:
             kept = {"id": event.id, "received_at": before.received_at, "verdict": before.verdict}
             verdict = (await connection.execute(REMEMBER, kept)).scalar_one()
-    log.info("event_replayed", id=event.id, type=event.type, before=before and before.verdict, verdict=verdict)
+    log.info("event_replayed", event_id=event.id, type=event.type, before=before and before.verdict, verdict=verdict)
     return Replayed(event.id, before.verdict if before is not None else None, verdict)
 
 

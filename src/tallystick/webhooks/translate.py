@@ -61,8 +61,8 @@ _HANDLED = {
     "billing.meter": "created updated deactivated reactivated",
 }
 
-# Thin events about usage that Stripe could not bill. They are recorded; what to do about that usage is not for the
-# mirror to say.
+# Thin events about usage that Stripe could not bill. They change nothing in the mirror: what they report is fetched
+# later, and settled on the deliveries that it names (usage/error_reports.py).
 THIN_TYPES = ("v1.billing.meter.error_report_triggered", "v1.billing.meter.no_meter_found")
 
 # The event types that are handled: an endpoint at Stripe is to have exactly these. `invoice.upcoming` is not one of
@@ -76,22 +76,30 @@ HANDLED_TYPES: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class Translation:
-    """The change that an event makes, if any. `unusable`: why an object of a mirrored kind could not be understood."""
+    """The change that an event makes, if any. `unusable`: why an object of a mirrored kind could not be understood.
+
+    `reports`: it tells of usage that Stripe could not bill.
+    """
 
     change: AnyChange | None = None
     unusable: str | None = None
+    reports: bool = False
 
 
 IGNORED = Translation()
+REPORTS = Translation(reports=True)
 
 
 def translate(event: Mapping[str, Any], reference_key: str) -> Translation:
     """The change of the mirror that an event (https://docs.stripe.com/api/events/object) makes.
 
     The event's `id`, `type` and `created` have been checked. Types that are not mirrored, thin events, and objects that
-    have no id, make none. `reference_key` is the metadata key of the product's name for a customer.
+    have no id, make none; thin events about the own account's usage are marked as reports. `reference_key` is the
+    metadata key of the product's name for a customer.
     """
     type_ = event["type"]
+    if type_ in THIN_TYPES and event.get("object") == "v2.core.event" and event.get("context") is None:
+        return REPORTS
     kind = _kind_of(type_) if event.get("object") == "event" else None
     payload = _object(_object(event.get("data")).get("object"))
     if type_ == "customer.subscription.deleted" and not is_final("subscription", payload):

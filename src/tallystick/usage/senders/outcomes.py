@@ -1,14 +1,33 @@
-"""What a call to Stripe came to, in the three words that delivery acts on."""
+"""What a sender is given, and what a call to Stripe came to in the three words that delivery acts on."""
 
+import secrets
 from dataclasses import dataclass
 from typing import Literal
 
 import httpx
 import stripe
 
-from tallystick.stripe_gateway import error_code
+from tallystick.stripe_gateway import error_code, request_id
 
 ALREADY_SENT = "already exists with identifier"
+
+
+@dataclass(frozen=True)
+class Message:
+    """What is to be said of a delivery: the same in each try, but for `attempt`, the number of the try."""
+
+    event_name: str
+    identifier: str
+    payload: dict[str, str]
+    timestamp: int
+    attempt: int
+
+    def idempotency_key(self) -> str:
+        """New for each try: Stripe replays the answer of an old one, a 500 or a 429 included, instead of working.
+
+        An error report names the call by its key, so the delivery can be read from it (`usage/error_reports.py`).
+        """
+        return f"{self.identifier}.{self.attempt}.{secrets.token_hex(2)}"
 
 
 @dataclass(frozen=True)
@@ -18,24 +37,27 @@ class Outcome:
     state: Literal["sent", "retry", "parked"]
     reason: str | None = None
     unknown: bool = False
+    http_status: int | None = None
+    request_id: str | None = None
 
 
 def read_outcome(error: stripe.StripeError) -> Outcome:
-    """What an error of Stripe's SDK says about whether the meter event was taken.
+    """What an error of Stripe's SDK says about whether what was said was taken.
 
     Only a refusal is certain. A connection that broke, a time-out or a 5xx leaves it open, and the retry repeats the
     identifier, which Stripe takes once (https://docs.stripe.com/api/billing/meter-event/create).
     """
-    status = error.http_status
+    status, answered = error.http_status, request_id(error)
     reason = error_code(error) or type(error).__name__
     if isinstance(error, stripe.APIConnectionError):
         never_connected = isinstance(error.__cause__, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
         return Outcome("retry", type(error.__cause__ or error).__name__, unknown=not never_connected)
     if status == 400 and ALREADY_SENT in str(error.user_message or error):
-        return Outcome("sent", "repeat")
+        return Outcome("sent", "repeat", http_status=status, request_id=answered)
     if status is None or status >= 500 or status == 409:
-        return Outcome("retry", reason, unknown=True)
+        return Outcome("retry", reason, unknown=True, http_status=status, request_id=answered)
     if status in (401, 403, 429):
         # A wrong key is the operator's to mend, and the usage waits for it; a full lane empties by itself.
-        return Outcome("retry", reason)
-    return Outcome("parked", f"{reason}: {error.user_message or ''}"[:200])
+        return Outcome("retry", reason, http_status=status, request_id=answered)
+    said = f"{reason}: {error.user_message}" if error.user_message else reason
+    return Outcome("parked", said[:200], http_status=status, request_id=answered)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, TypedDict
+from urllib import parse
 
+from stripe.params.v2.core import EventListParamsCreated
+
+from tallystick.dev.fake_stripe.clock import rfc3339
 from tallystick.dev.fake_stripe.errors import invalid
 from tallystick.dev.fake_stripe.rendering import render
 from tallystick.dev.fake_stripe.resources import (
@@ -26,6 +30,17 @@ if TYPE_CHECKING:
 
 RETENTION_SECONDS = 30 * DAY_SECONDS
 MOST_TYPES = 20
+MOST_LISTED = 100
+
+
+class ThinEventListParams(TypedDict, total=False):
+    """The SDK's `v2.core.EventListParams`, and the `page` that the fake puts into `next_page_url`."""
+
+    created: EventListParamsCreated
+    limit: int
+    object_id: str
+    types: list[str]
+    page: int
 
 
 def list_events(account: Account, call: Call) -> Object:
@@ -62,6 +77,45 @@ def retrieve_event(account: Account, call: Call) -> Object:
 def retrieve_thin_event(account: Account, call: Call) -> Object:
     """GET /v2/core/events/{id}: a thin event with its data."""
     return render(account, find(account, "v2.core.event", call.arguments["id"]))
+
+
+def list_thin_events(account: Account, call: Call) -> Object:
+    """GET /v2/core/events: thin events of the last 30 days, newest first, whether they have an endpoint or not."""
+    params = call.params
+    types, within = params.get("types"), params.get("created") or {}
+    limit, begin = params.get("limit", 20), params.get("page", 0)
+    if types is not None and len(types) > MOST_TYPES:
+        raise invalid(f"At most {MOST_TYPES} types can be given.", param="types")
+    if not 1 <= limit <= MOST_LISTED:
+        raise invalid(f"limit is from 1 to {MOST_LISTED}.", param="limit")
+    oldest = rfc3339(account.now() - RETENTION_SECONDS)
+    moments = {name: _moment(moment, f"created[{name}]") for name, moment in within.items()}
+
+    def meets(event: Object) -> bool:
+        return (
+            event["created"] >= oldest
+            and (types is None or event["type"] in types)
+            and ("object_id" not in params or (event.get("related_object") or {}).get("id") == params["object_id"])
+            and in_range(_moment(event["created"], "created"), moments)
+        )
+
+    events = [event for event in account.state.newest_first("v2.core.event") if meets(event)]
+    shown = events[begin : begin + limit]
+    more = {name: value for name, value in params.items() if name in ("object_id", "limit")} | {"page": begin + limit}
+    query = parse.urlencode([*more.items(), *((f"types[{n}]", name) for n, name in enumerate(types or ()))])
+    query += "".join(f"&created[{name}]={parse.quote(moment)}" for name, moment in within.items())
+    return {
+        "data": [render(account, event) for event in shown],
+        "next_page_url": f"{call.path}?{query}" if len(events) > begin + limit else None,
+        "previous_page_url": None,
+    }
+
+
+def _moment(text: str, param: str) -> int:
+    try:
+        return int(datetime.fromisoformat(text).timestamp())
+    except ValueError:
+        raise invalid("A time is written as in RFC 3339.", param=param) from None
 
 
 def create_endpoint(account: Account, call: Call) -> Object:
@@ -101,7 +155,7 @@ def make_endpoint(
 
 
 def _check_url(url: str) -> None:
-    parts = urlsplit(url)
+    parts = parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise invalid("Invalid URL: an http or https address is needed.", param="url", code="url_invalid")
 
@@ -137,6 +191,7 @@ ENDPOINT = "url enabled_events description metadata"
 ROUTES = [
     Route("GET", "/v1/events", list_events, "EventListParams", f"{PAGING} type types created delivery_success"),
     Route("GET", "/v1/events/{id}", retrieve_event, "EventRetrieveParams"),
+    Route("GET", "/v2/core/events", list_thin_events, ThinEventListParams, "created limit object_id types page"),
     Route("GET", "/v2/core/events/{id}", retrieve_thin_event, "v2.core.EventRetrieveParams"),
     Route("POST", "/v1/webhook_endpoints", create_endpoint, "WebhookEndpointCreateParams", f"{ENDPOINT} api_version"),
     Route("GET", "/v1/webhook_endpoints", list_endpoints, "WebhookEndpointListParams", PAGING),

@@ -1,0 +1,69 @@
+"""Cuts: a total whose bucket turned out to span a period's boundary becomes two, before it is sealed.
+
+Only events of the open seal can move. What is sealed stays where it was told to be.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tallystick.rules import MeterRules
+from tallystick.usage.aggregations import compute_totals
+from tallystick.usage.parts import Total
+
+FIND_CUTS = text("""
+    SELECT t.id, b.at
+      FROM usage_totals t
+      JOIN customer_references r ON r.ref = t.customer_ref
+      JOIN period_boundaries b ON b.customer = r.customer AND b.at > t.bucket_start AND b.at < t.bucket_end
+     WHERE t.id = ANY(:totals)
+     ORDER BY t.id, b.at DESC
+""")
+
+OPEN_CUT = text("""
+    INSERT INTO usage_totals AS t (customer_ref, meter, bucket_start, bucket_end, aggregation)
+    SELECT customer_ref, meter, :at, bucket_end, aggregation FROM usage_totals WHERE id = :total
+    ON CONFLICT (customer_ref, meter, bucket_start) DO UPDATE SET bucket_end = t.bucket_end
+    RETURNING id, seal
+""")
+
+MOVE_EVENTS = text("""
+    WITH moved AS (
+        UPDATE usage_events SET total_id = :new_total, seal = :new_seal
+         WHERE total_id = :total AND seal = :seal AND timestamp >= :at
+           AND day BETWEEN CAST(:first_day AS date) AND CAST(:last_day AS date)
+        RETURNING value
+    ), sums AS (SELECT coalesce(sum(value), 0) AS quantity, count(*) AS events FROM moved)
+    UPDATE usage_totals t
+       SET quantity = t.quantity + CASE t.id WHEN :total THEN -sums.quantity ELSE sums.quantity END,
+           events = t.events + CASE t.id WHEN :total THEN -sums.events ELSE sums.events END,
+           bucket_end = CASE t.id WHEN :total THEN :at ELSE t.bucket_end END
+      FROM sums WHERE t.id IN (:total, :new_total)
+""")
+
+
+async def cut_totals(connection: AsyncConnection, totals: Sequence[Total], rules: Mapping[str, MeterRules]) -> bool:
+    """Cut locked totals at boundaries that were learnt after their buckets were opened; whether there were any."""
+    cuts = (await connection.execute(FIND_CUTS, {"totals": [total.id for total in totals]})).all()
+    by_id = {total.id: total for total in totals}
+    changed: dict[int, str] = {}
+    for total_id, at in cuts:
+        total = by_id[total_id]
+        new_total, new_seal = (await connection.execute(OPEN_CUT, {"total": total_id, "at": at})).one()
+        await connection.execute(
+            MOVE_EVENTS,
+            {
+                "total": total_id,
+                "seal": total.seal,
+                "new_total": new_total,
+                "new_seal": new_seal,
+                "at": at,
+                "first_day": total.bucket_start.date(),
+                "last_day": total.bucket_end.date(),
+            },
+        )
+        changed |= {total_id: total.meter, new_total: total.meter}
+    if changed:
+        await compute_totals(connection, changed, rules)
+    return bool(cuts)
