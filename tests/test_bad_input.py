@@ -1,0 +1,214 @@
+"""Bytes of any kind at the places where strangers may send some: every one is answered, and none with a 5xx."""
+
+import gzip
+import json
+import time
+from typing import Any
+
+import httpx
+import pytest
+import stripe
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tallystick.resources import Resources
+from tests.conftest import WEBHOOK_SECRET
+from tests.usage.making import make_meter
+
+any_bytes = settings(
+    max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
+)
+
+# What breaks parsers, to be put between the bytes that hypothesis thinks of.
+NASTY = [
+    b"",
+    b"\x00",
+    b"\xff\xfe",
+    b"\xed\xa0\x80",
+    b'"\\ud800"',
+    b"1e999999",
+    b"-1e-999999",
+    b"NaN",
+    b"-Infinity",
+    b"9" * 10_000,
+    b"0." + b"1" * 10_000,
+    b"[" * 100_000,
+    b'{"a":' * 50_000,
+    b'{"id":1,"id":2}',
+    b'"' + b"x" * 1_000_000 + b'"',
+    b"\xef\xbb\xbf{}",
+    b"{}\n" * 2_000,
+    gzip.compress(b"{}")[:-3],
+]
+CONTENT_TYPES = [
+    "application/json",
+    "application/x-ndjson",
+    "application/cloudevents+json",
+    "application/cloudevents-batch+json",
+    "text/plain",
+    "application/json; charset=utf-16",
+    "\xff",
+    "",
+]
+pieces = st.one_of(
+    st.sampled_from([*NASTY[:11], NASTY[13], b",", b"[", b"]", b"{", b"}", b":", b'"id"']), st.binary(max_size=8)
+)
+bodies = st.one_of(
+    st.sampled_from(NASTY), st.binary(max_size=200), st.lists(pieces, max_size=12).map(lambda some: b"".join(some))
+)
+# A header's value may hold everything but a line's end and NUL.
+header_values = st.one_of(
+    st.sampled_from([b"t=,v1=", b"t=1", b"v1=a", b"t=1,t=2,v1=a,v1=b", b"t=" + b"9" * 9_000 + b",v1=a"]),
+    st.just(b"t=\xb2,v1=\xff"),
+    st.binary(max_size=60).map(lambda raw: raw.translate(None, b"\r\n\x00")),
+)
+
+
+@pytest.fixture
+async def usage(client: httpx.AsyncClient, resources: Resources) -> httpx.AsyncClient:
+    await make_meter(resources)
+    return client
+
+
+def is_answered(answer: httpx.Response) -> bool:
+    return answer.status_code < 500 and answer.json() is not None
+
+
+@any_bytes
+@given(body=bodies, header=header_values)
+async def test_any_bytes_as_a_webhook(anonymous: httpx.AsyncClient, body: bytes, header: bytes) -> None:
+    answer = await anonymous.post("/webhooks/stripe", content=body, headers={b"Stripe-Signature": header})
+    assert is_answered(answer)
+    assert answer.status_code == 400
+
+
+@any_bytes
+@given(body=bodies)
+async def test_any_bytes_as_a_webhook_that_was_signed(anonymous: httpx.AsyncClient, body: bytes) -> None:
+    signature = f"t={int(time.time())},v1=none"
+    if is_utf8(body):
+        signature = stripe.WebhookSignature.generate_signature_header(body.decode(), WEBHOOK_SECRET)
+    answer = await anonymous.post("/webhooks/stripe", content=body, headers={"Stripe-Signature": signature})
+    assert is_answered(answer)
+
+
+def is_utf8(body: bytes) -> bool:
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+# A JSON value of any form in each place of an event that Stripe signed, as if Stripe had changed its mind.
+any_json = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(allow_nan=False, allow_infinity=False),
+        st.sampled_from(["", "\x00", "\ud800", "x" * 5_000, "cus_1", "active", 10**400, -1]),
+        st.text(max_size=5),
+    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(st.sampled_from(["id", "data", "x"]), inner)),
+    max_leaves=4,
+)
+fields = st.dictionaries(
+    st.sampled_from(["id", "object", "customer", "status", "items", "metadata", "lines", "parent", "price", "deleted"]),
+    any_json,
+    max_size=5,
+)
+
+
+@any_bytes
+@given(
+    type_=st.sampled_from(["customer.updated", "customer.subscription.updated", "invoice.paid", "price.created", "x"]),
+    payload=st.one_of(fields, any_json),
+    envelope=st.dictionaries(
+        st.sampled_from(["id", "created", "livemode", "account", "api_version", "data"]), any_json, max_size=1
+    ),
+)
+async def test_an_event_of_any_form_is_given_a_verdict(
+    anonymous: httpx.AsyncClient, type_: str, payload: Any, envelope: dict[str, Any]
+) -> None:
+    event = {
+        "id": "evt_1",
+        "object": "event",
+        "created": int(time.time()),
+        "livemode": False,
+        "type": type_,
+        "data": {"object": payload},
+    } | envelope
+    body = json.dumps(event)
+    signature = stripe.WebhookSignature.generate_signature_header(body, WEBHOOK_SECRET)
+    answer = await anonymous.post("/webhooks/stripe", content=body, headers={"Stripe-Signature": signature})
+    assert is_answered(answer), answer.text
+    assert answer.status_code == 400 or "verdict" in answer.json()
+
+
+@any_bytes
+@given(body=bodies, content_type=st.sampled_from(CONTENT_TYPES), encoding=st.sampled_from(["", "gzip", "br"]))
+async def test_any_bytes_as_usage(usage: httpx.AsyncClient, body: bytes, content_type: str, encoding: str) -> None:
+    headers = {b"Content-Type": content_type.encode("latin-1"), b"Content-Encoding": encoding.encode()}
+    for content in (body, gzip.compress(body, 1)):
+        answer = await usage.post("/v1/usage", content=content, headers=headers)
+        assert is_answered(answer)
+        assert 400 <= answer.status_code < 500
+
+
+@any_bytes
+@given(
+    event=st.fixed_dictionaries(
+        {},
+        optional=dict.fromkeys(("id", "customer", "meter", "value", "timestamp", "specversion", "x\x00"), any_json),
+    ),
+    content_type=st.sampled_from(CONTENT_TYPES[:4]),
+)
+async def test_an_event_of_any_form_is_refused_by_name(
+    usage: httpx.AsyncClient, event: dict[str, Any], content_type: str
+) -> None:
+    answer = await usage.post("/v1/usage", content=json.dumps(event), headers={"Content-Type": content_type})
+    assert is_answered(answer), answer.text
+    assert answer.status_code in (202, 413, 422)
+
+
+@any_bytes
+@given(body=bodies, credentials=header_values)
+async def test_any_bytes_at_the_other_doors(anonymous: httpx.AsyncClient, body: bytes, credentials: bytes) -> None:
+    headers = {b"Authorization": b"Bearer " + credentials, b"Content-Type": b"application/json"}
+    for method, path in (("POST", "/v1/portal/sessions"), ("POST", "/v1/access"), ("PUT", "/v1/customers/acme")):
+        answer = await anonymous.request(method, path, content=body, headers=headers)
+        assert is_answered(answer)
+        assert 400 <= answer.status_code < 500
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "named"),
+    [
+        (b'{"id":"e","customer":"a","meter":"m","value":1e999999}', 422, "value"),
+        (b'{"id":"e","customer":"a","meter":"m","value":"1e999999"}', 422, "value"),
+        (b'{"id":"e","customer":"a","meter":"m","value":1e9999999999999999999}', 400, "number"),
+        (b'{"id":"e","customer":"a","meter":"m","value":NaN}', 400, "NaN"),
+        (b'{"id":"e","customer":"a","meter":"m","value":"NaN"}', 422, "value"),
+        (b'{"id":"e","customer":"a","meter":"m","value":-Infinity}', 400, "Infinity"),
+        (b'{"id":"e","customer":"a","meter":"m","value":' + b"9" * 10_000 + b"}", 422, "value"),
+        (b'{"id":"e","customer":"a","meter":"m","value":"' + b"9" * 10_000 + b'"}', 422, "value"),
+        (b'{"id":"e","customer":"a","meter":"m","timestamp":' + b"9" * 10_000 + b"}", 422, "timestamp"),
+        (b'{"id":"e","customer":"a","meter":"m","timestamp":1e999999}', 422, "timestamp"),
+        (b'{"id":"e\\u0000","customer":"a","meter":"m"}', 422, "'id'"),
+        (b'{"id":"e","customer":"\\ud800","meter":"m"}', 422, "'customer'"),
+        (b'{"id":"e","customer":"a","meter":"\\udfff"}', 422, "'meter'"),
+        (b'{"id":"' + b"x" * 1_000_000 + b'","customer":"a","meter":"m"}', 422, "'id'"),
+        (b'{"id":"e","id":"f","customer":"a","meter":"m"}', 422, "'id'"),
+        (b'{"id":"e","customer":"a","meter":"m","' + b"x" * 1_000_000 + b'":1}', 422, "xxxxx"),
+        (b'{"id":' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400, "nested"),
+        (b'{"id":"\xff","customer":"a","meter":"m"}', 400, "UTF-8"),
+    ],
+    ids=lambda value: str(value[:60]) if isinstance(value, bytes) else "",
+)
+async def test_each_limit_of_usage_is_named(usage: httpx.AsyncClient, body: bytes, status: int, named: str) -> None:
+    answer = await usage.post("/v1/usage", content=body)
+    assert answer.status_code == status
+    said = answer.json()["rejected"][0]["message"] if status == 422 else answer.json()["detail"]
+    assert named in said
+    assert len(answer.content) < 1_000
