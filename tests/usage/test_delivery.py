@@ -252,6 +252,23 @@ async def test_two_workers_at_once_send_each_delivery_once_and_never_get_into_ea
     assert {each["status"] for each in requests if each["path"] == "/v1/billing/meter_events"} == {200}
 
 
+async def test_claims_wait_for_each_other_whichever_rate_limit_they_take_from(
+    resources: Resources, fake_stripe: FakeStripe
+) -> None:
+    await make_deliveries(resources, fake_stripe, "1")
+
+    async def waits() -> bool:
+        waiting = "SELECT count(*) > 0 FROM pg_locks WHERE NOT granted AND locktype = 'advisory'"
+        return await read_all(resources, waiting) == [(True,)]
+
+    async with db.transaction(resources.engine) as connection:
+        await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": delivery.CLAIM_LOCK})
+        claiming = asyncio.create_task(deliver_all(resources, datetime.now(UTC)))
+        await wait_until(waits)
+        assert await read_all(resources, STATES) == [("pending", 1)]
+    assert await claiming == 1
+
+
 class Killed(BaseException):
     """What a kill is to the code that it strikes: no handler runs."""
 
@@ -359,9 +376,10 @@ async def test_a_long_run_goes_round_all_customers(
     resources: Resources, fake_stripe: FakeStripe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(delivery.PER_CLAIM, "meter_events", 2)
+    monkeypatch.setattr(delivery, "CLAIMS_AT_ONCE", 1)
     await make_deliveries(resources, fake_stripe, "1", "2", "3")
     for n in range(4):
-        await make_customer(resources, ref=f"other-{n}", customer=f"cus_{n}")
+        await make_customer(resources, ref=f"other-{n}", customer=f"cus_zz{n}")
         async with db.transaction(resources.engine) as connection:
             event = make_event(f"other-{n}", at=last_hour(), customer_ref=f"other-{n}")
             await record_events(connection, [event], accepted_already=True)

@@ -12,6 +12,7 @@ from tallystick.access.routes import FIND_CUSTOMER, UNKNOWN_CUSTOMER, Reference
 from tallystick.access.state import recompute_access
 from tallystick.access.timeline import Line, write_timeline
 from tallystick.auth import bearer, require_scope
+from tallystick.card_numbers import refuse_card_number
 from tallystick.errors import InvalidRequest, UnknownCustomer
 from tallystick.mirror.apply import lock_customers
 from tallystick.resources import Resources
@@ -73,6 +74,7 @@ async def link_customer(request: Request, ref: Reference, body: LinkRequest) -> 
     `customers:write`.
     """
     _check(ref)
+    refuse_card_number(ref, "ref")
     resources: Resources = request.app.state.resources
     async with db.transaction(resources.engine) as connection:
         if await _change_meaning(connection, resources, ref, LINK, body.customer) != body.customer:

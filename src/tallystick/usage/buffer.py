@@ -4,12 +4,13 @@ Keys, all in one Cluster slot:
 
     {tallystick}:usage:stream          batches of accepted events, waiting for the ledger
     {tallystick}:usage:bytes           their size, for the high-water mark
-    {tallystick}:usage:ids:G:B         claimed ids of generation G (a stretch of time), bucket B: digest → body digest
+    {tallystick}:usage:ids:W:G:B       claimed ids of generation G, each W seconds long, bucket B: digest → body digest
 
-An id is remembered for at least the dedupe window: as many generations are asked as the window covers, and the oldest
-expires by itself. The buckets stay small enough for Redis to keep them as packed lists, about 30 bytes an id.
+An id is remembered for at least the dedupe window: a generation is half of it, and the present one and the two before
+are asked. The oldest expires by itself. The buckets stay small enough for Redis to keep them as packed lists.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -21,14 +22,18 @@ from redis.exceptions import NoScriptError, ResponseError
 
 from tallystick.errors import TooBusy
 from tallystick.redis_client import KEY_TAG, REDIS_ERRORS
-from tallystick.usage.events import UsageEvent, digest_id, plain
+from tallystick.usage.events import UsageEvent, plain
 
 STREAM = f"{KEY_TAG}:usage:stream"
 BYTES = f"{KEY_TAG}:usage:bytes"
 IDS = f"{KEY_TAG}:usage:ids"
 GROUP = "ledger"
 
-GENERATION = timedelta(hours=24)
+# 2 bytes for the bucket and 8 within it: among 10⁹ ids, two share all ten with a chance of 10⁻⁶.
+BUCKET_BYTES = 2
+ID_BYTES = 8
+# For all else that the sender chose: enough to tell a slip from a repeat.
+BODY_BYTES = 6
 FSYNC_TIMEOUT_MS = 2_000
 
 # Enough for a mean, few enough to take milliseconds of a busy Redis.
@@ -41,44 +46,43 @@ _CLAIMS: dict[int, Claim] = {ord("a"): "accepted", ord("d"): "duplicate", ord("c
 # One call a request. It always writes (the bytes counter at least), so that a batch of nothing but repeats also
 # waits for the disk: the first copy of a repeat may have been written a moment ago by a request that has not heard
 # back yet.
-CLAIM_AND_APPEND = """
-local stream, bytes_key, ids = KEYS[1], KEYS[2], KEYS[3]
-local generation, generations, ttl, high_water = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]),
-tonumber(ARGV[4]) if tonumber(redis.call('INCRBY', bytes_key, 0)) > high_water then
+#
+# KEYS: stream, bytes, and the present and the two earlier generations' prefixes. ARGV: lifetime of an id in seconds,
+# high-water mark, digests one after the other, the batch. Unless all of it is new, the claims are appended with it.
+CLAIM_AND_APPEND = f"""
+local call, sub = redis.call, string.sub
+local newest, older, oldest = KEYS[3], KEYS[4], KEYS[5]
+local ttl, digests, batch = ARGV[1], ARGV[3], ARGV[4]
+if call('INCRBY', KEYS[2], 0) > tonumber(ARGV[2]) then
   return 'full'
 end
-local digests = ARGV[5]
-local results, fresh, touched = {}, {}, {}
-for i = 1, #ARGV - 5 do
-  local at = (i - 1) * 16
-  local id, body = string.sub(digests, at + 1, at + 10), string.sub(digests, at + 11, at + 16)
-  local bucket = string.byte(id, 1) * 256 + string.byte(id, 2)
-  local seen = false
-  for g = generation, generation - generations, -1 do
-    seen = redis.call('HGET', ids .. ':' .. g .. ':' .. bucket, id)
-    if seen then break end
-  end
+local claims, fresh = {{}}, 0
+for at = 0, #digests - 1, {BUCKET_BYTES + ID_BYTES + BODY_BYTES} do
+  local bucket = sub(digests, at + 1, at + {BUCKET_BYTES})
+  local id = sub(digests, at + {BUCKET_BYTES + 1}, at + {BUCKET_BYTES + ID_BYTES})
+  local body = sub(digests, at + {BUCKET_BYTES + ID_BYTES + 1}, at + {BUCKET_BYTES + ID_BYTES + BODY_BYTES})
+  local seen = call('HGET', older .. bucket, id) or call('HGET', oldest .. bucket, id)
   if not seen then
-    local key = ids .. ':' .. generation .. ':' .. bucket
-    redis.call('HSET', key, id, body)
-    touched[key] = true
-    fresh[#fresh + 1] = ARGV[i + 5]
-    results[i] = 'a'
-  elseif seen == body then
-    results[i] = 'd'
-  else
-    results[i] = 'c'
+    local key = newest .. bucket
+    if call('HSETNX', key, id, body) == 1 then
+      call('EXPIRE', key, ttl)
+      fresh = fresh + 1
+    else
+      seen = call('HGET', key, id)
+    end
   end
+  claims[#claims + 1] = not seen and 'a' or seen == body and 'd' or 'c'
 end
-for key in pairs(touched) do
-  redis.call('EXPIRE', key, ttl)
+claims = table.concat(claims)
+if fresh == #claims then
+  call('XADD', KEYS[1], '*', 'events', batch)
+elseif fresh > 0 then
+  call('XADD', KEYS[1], '*', 'events', batch, 'claims', claims)
 end
-if #fresh > 0 then
-  local batch = '[' .. table.concat(fresh, ',') .. ']'
-  redis.call('XADD', stream, '*', 'events', batch)
-  redis.call('INCRBY', bytes_key, #batch)
+if fresh > 0 then
+  call('INCRBY', KEYS[2], #batch)
 end
-return table.concat(results)
+return claims
 """
 
 # Counts down what it really deletes, so that two drains that took the same entry count it once.
@@ -106,17 +110,16 @@ async def claim_and_append(
 
     Raises `TooBusy` above the high-water mark (nothing was taken) and `BufferUnavailable` when Redis did not confirm.
     """
-    generations = -(-timedelta(hours=dedupe_hours) // GENERATION)
+    generations = _name_generations(now, dedupe_hours)
+    rows = [_write(event) for event in events]
     arguments: list[bytes | str | int] = [
-        int(now.timestamp()) // int(GENERATION.total_seconds()),
-        generations,
-        int(GENERATION.total_seconds()) * (generations + 1),
+        len(generations) * _generation_seconds(dedupe_hours),
         max_bytes,
-        b"".join(event.id_digest() + event.body_digest() for event in events),
-        *(_write(event) for event in events),
+        b"".join(_digest(row, stamped=event.stamped) for row, event in zip(rows, events, strict=True)),
+        json.dumps(rows, separators=(",", ":")),
     ]
     try:
-        results = await _evaluate_durably(redis, arguments, replicas)
+        results = await _evaluate_durably(redis, [STREAM, BYTES, *generations], arguments, replicas)
     except REDIS_ERRORS as error:
         raise BufferUnavailable(type(error).__name__) from error
     if results == b"full":
@@ -124,14 +127,25 @@ async def claim_and_append(
     return [_CLAIMS[result] for result in results]
 
 
-async def _evaluate_durably(redis: Redis, arguments: list[bytes | str | int], replicas: int) -> bytes:
+def _generation_seconds(dedupe_hours: int) -> int:
+    return dedupe_hours * 3600 // 2
+
+
+def _name_generations(now: datetime, dedupe_hours: int) -> list[str]:
+    """What the keys of the present generation and of the two before it begin with."""
+    seconds = _generation_seconds(dedupe_hours)
+    newest = int(now.timestamp()) // seconds
+    return [f"{IDS}:{seconds}:{number}:" for number in range(newest, newest - 3, -1)]
+
+
+async def _evaluate_durably(redis: Redis, keys: list[str], arguments: list[bytes | str | int], replicas: int) -> bytes:
     """Run the script and wait until its writes are in the append-only file (WAITAOF, Redis 7.2)."""
     for script in (_CLAIM_SHA, None):
         async with redis.pipeline(transaction=False) as pipeline:
             if script is None:
-                pipeline.eval(CLAIM_AND_APPEND, 3, STREAM, BYTES, IDS, *arguments)
+                pipeline.eval(CLAIM_AND_APPEND, len(keys), *keys, *arguments)
             else:
-                pipeline.evalsha(script, 3, STREAM, BYTES, IDS, *arguments)
+                pipeline.evalsha(script, len(keys), *keys, *arguments)
             pipeline.execute_command("WAITAOF", 1, replicas, FSYNC_TIMEOUT_MS)
             results, synced = await pipeline.execute(raise_on_error=False)
         if isinstance(results, NoScriptError):
@@ -147,20 +161,18 @@ async def _evaluate_durably(redis: Redis, arguments: list[bytes | str | int], re
 
 
 def _sha(script: str) -> str:
-    import hashlib
-
     return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
 
 
 _CLAIM_SHA = _sha(CLAIM_AND_APPEND)
 
 
-def _write(event: UsageEvent) -> str:
+def _write(event: UsageEvent) -> list[Any]:
     """The event as it lies in the stream. Times are whole microseconds: no float ever holds one.
 
     Properties come last, and only where there are some: so events without are those of releases that knew of none.
     """
-    fields = [
+    row = [
         event.source,
         event.id,
         event.customer_ref,
@@ -170,11 +182,29 @@ def _write(event: UsageEvent) -> str:
         int(event.stamped),
         _to_microseconds(event.received_at),
     ]
-    return json.dumps([*fields, event.properties] if event.properties else fields, separators=(",", ":"))
+    if event.properties:
+        row.append(event.properties)
+    return row
 
 
-def read_batch(batch: bytes) -> list[UsageEvent]:
-    """The events of one stream entry."""
+def _digest(row: Sequence[Any], *, stamped: bool) -> bytes:
+    """The digest of the key and that of the body. A stamped time is not the sender's, so it is left out."""
+    source, id, customer_ref, meter, value, at, _, _, *properties = row
+    body = f"{customer_ref}\0{meter}\0{value}\0{'' if stamped else at}"
+    for name, text in properties[0] if properties else ():
+        body += f"\0{name}\0{text}"
+    return _digest_id(source, id) + hashlib.blake2b(body.encode(), digest_size=BODY_BYTES).digest()
+
+
+def _digest_id(source: str, id: str) -> bytes:
+    return hashlib.blake2b(f"{source}\0{id}".encode(), digest_size=BUCKET_BYTES + ID_BYTES).digest()
+
+
+def read_batch(batch: bytes, claims: bytes | None = None) -> list[UsageEvent]:
+    """The events of one stream entry: of those that came together, the ones whose id was new; all without `claims`."""
+    rows = json.loads(batch)
+    if claims is not None:
+        rows = [row for row, claim in zip(rows, claims, strict=True) if claim == ord("a")]
     return [
         UsageEvent(
             source,
@@ -187,7 +217,7 @@ def read_batch(batch: bytes) -> list[UsageEvent]:
             _from_microseconds(got),
             tuple((name, property_value) for name, property_value in properties[0]) if properties else (),
         )
-        for source, id, customer, meter, value, at, stamped, got, *properties in json.loads(batch)
+        for source, id, customer, meter, value, at, stamped, got, *properties in rows
     ]
 
 
@@ -208,10 +238,10 @@ class Entry:
 
     __slots__ = ("events", "id", "size")
 
-    def __init__(self, id: bytes, batch: bytes) -> None:
+    def __init__(self, id: bytes, fields: dict[bytes, bytes]) -> None:
         self.id = id
-        self.size = len(batch)
-        self.events = read_batch(batch)
+        self.size = len(fields[b"events"])
+        self.events = read_batch(fields[b"events"], fields.get(b"claims"))
 
 
 async def read_entries(redis: Redis, consumer: str, count: int, *, reclaim_after: timedelta) -> list[Entry]:
@@ -229,7 +259,7 @@ async def read_entries(redis: Redis, consumer: str, count: int, *, reclaim_after
             raise
         await _create_group(redis)
         return await read_entries(redis, consumer, count, reclaim_after=reclaim_after)
-    return [Entry(id, fields[b"events"]) for id, fields in entries]
+    return [Entry(id, fields) for id, fields in entries]
 
 
 async def _create_group(redis: Redis) -> None:
@@ -273,11 +303,9 @@ async def buffered_bytes(redis: Redis) -> int:
 
 async def is_remembered(redis: Redis, source: str, id: str, now: datetime, *, dedupe_hours: int) -> bool:
     """Whether the id was claimed within the dedupe window. Raises Redis's errors: only Redis knows."""
-    digest = digest_id(source, id)
-    bucket = digest[0] * 256 + digest[1]
-    newest = int(now.timestamp()) // int(GENERATION.total_seconds())
-    oldest = newest - -(-timedelta(hours=dedupe_hours) // GENERATION)
+    digest = _digest_id(source, id)
+    bucket, field = digest[:BUCKET_BYTES], digest[BUCKET_BYTES:]
     async with redis.pipeline(transaction=False) as pipeline:
-        for generation in range(oldest, newest + 1):
-            pipeline.hexists(f"{IDS}:{generation}:{bucket}", digest)
+        for generation in _name_generations(now, dedupe_hours):
+            pipeline.hexists(generation.encode() + bucket, field)
         return any(await pipeline.execute())

@@ -1,11 +1,14 @@
 """A usage event: its form, and what each of its fields may be."""
 
-import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, NamedTuple, TypeGuard
+
+from tallystick.card_numbers import MESSAGE as CARD_NUMBER_MESSAGE
+from tallystick.card_numbers import holds_card_number
 
 MAX_EVENTS = 1_000
 MAX_TEXT = 100
@@ -20,6 +23,9 @@ MAX_AHEAD = timedelta(minutes=5)
 
 FIELDS = frozenset({"id", "customer", "meter", "value", "timestamp", "properties"})
 NUMBER_CHARACTERS = frozenset("0123456789+-.eE")
+
+# As most quantities are written: within the limits, without an exponent and without zeros that say nothing.
+SIMPLE_VALUE = re.compile(r"-?[1-9][0-9]{0,9}(?:\.[0-9]{0,4}[1-9])?")
 
 Key = tuple[str, str]
 Properties = tuple[tuple[str, str], ...]
@@ -44,23 +50,6 @@ class UsageEvent(NamedTuple):
     @property
     def key(self) -> Key:
         return self.source, self.id
-
-    def id_digest(self) -> bytes:
-        """As `digest_id` of its key."""
-        return digest_id(self.source, self.id)
-
-    def body_digest(self) -> bytes:
-        """6 bytes for all else that the sender chose; a stamped time is not the sender's, so it is left out."""
-        at = "" if self.stamped else self.timestamp.isoformat()
-        body = f"{self.customer_ref}\0{self.meter}\0{plain(self.value)}\0{at}"
-        for name, value in self.properties:
-            body += f"\0{name}\0{value}"
-        return hashlib.blake2b(body.encode(), digest_size=6).digest()
-
-
-def digest_id(source: str, id: str) -> bytes:
-    """10 bytes for `(source, id)`: among 10⁹ ids, two share one with a chance of 10⁻⁶."""
-    return hashlib.blake2b(f"{source}\0{id}".encode(), digest_size=10).digest()
 
 
 @dataclass(frozen=True)
@@ -144,6 +133,8 @@ def read_text(fields: Mapping[str, Any], name: str) -> str:
     """The field of this name: a short string. Raises `BadEvent`."""
     value = fields.get(name)
     if is_text(value):
+        if holds_card_number(value):
+            raise BadEvent("card_number", f"The field {name!r}: {CARD_NUMBER_MESSAGE}")
         return value
     if value is None:
         raise BadEvent("missing_field", f"The field {name!r} is missing.")
@@ -166,6 +157,8 @@ def _is_clean(value: str) -> bool:
 def read_value(value: Any, name: str) -> Decimal:
     """An exact quantity from a number (as `Decimal`) or a string. Raises `BadEvent`, which calls it `name`."""
     if isinstance(value, str):
+        if SIMPLE_VALUE.fullmatch(value):
+            return Decimal(value)
         # Decimal() also takes "1_000", " 1 ", "NaN" and other scripts' digits; a quantity is plain ASCII.
         try:
             value = Decimal(value) if 0 < len(value) <= 40 and set(value) <= NUMBER_CHARACTERS else None
@@ -205,6 +198,8 @@ def read_properties(value: Any, name: str) -> Properties:
                 "invalid_field",
                 f"The field {shown!a} must be a string of 1 to {MAX_TEXT} characters without control characters.",
             )
+        if holds_card_number(text):
+            raise BadEvent("card_number", f"The field {f'{name}.{key}'!a}: {CARD_NUMBER_MESSAGE}")
     return tuple(given)
 
 

@@ -130,6 +130,8 @@ def _check_meter(event: UsageEvent, meter: Meter | None, rules: MeterRules) -> N
         raise BadEvent(
             "invalid_value", f"The meter {event.meter!a} counts events: leave the field 'value' out, or send 1."
         )
+    if not event.properties and rules.property is None:
+        return
     given = {name for name, _ in event.properties}
     if not given <= rules.declared:
         there_are = f"there are: {', '.join(sorted(rules.declared))}" if rules.declared else "it declares none"
