@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -50,9 +51,10 @@ async def healthy(
     await shop.stripe.client.v1.billing_portal.sessions.create_async({"customer": customer.id})
     await recover(resources, datetime.now(UTC))
     await note_runs(resources, datetime.now(UTC), *(loop.name for loop in LOOPS))
+    before: Any = await resources.redis.config_get("appendfsync")
     await resources.redis.config_set("appendfsync", "everysec")
     yield resources
-    await resources.redis.config_set("appendfsync", "no")
+    await resources.redis.config_set("appendfsync", before["appendfsync"])
     await resources.redis.config_set("maxmemory-policy", "noeviction")
 
 

@@ -14,6 +14,7 @@ from tallystick import db
 from tallystick.resources import Resources
 from tallystick.webhooks import inbox
 from tests.conftest import Servers
+from tests.waiting import wait_until
 from tests.webhooks.own_postgres import connect_all, freeze, own_postgres, thaw
 from tests.webhooks.stripe_events import customer, event, post, read, read_access, subscription
 
@@ -176,6 +177,11 @@ async def test_an_idle_connection_that_was_cut_is_replaced(client: httpx.AsyncCl
     async with db.transaction(resources.engine) as connection:
         await connection.execute(text(f"SELECT pg_terminate_backend(pid) {OTHERS}"))
 
+    async def is_cut() -> bool:
+        return (await read(resources, f"SELECT count(*) AS number {OTHERS}"))[0]["number"] == 0
+
+    await wait_until(is_cut)
+    await is_cut()  # one more round trip, in which the event loop hears of it
     assert (await post(client, event("customer.updated", customer(), at=1))).json() == {"verdict": "applied"}
 
 

@@ -22,8 +22,10 @@ QUEUE = text("""
     SELECT r.type, r.customer,
            jsonb_build_object('customer', r.customer, 'account', nullif(n.account, ''),
                               'refs', coalesce(n.refs, '{}')) || r.data
-      FROM json_to_recordset(CAST(:rows AS json)) AS r(type text, customer text, data jsonb)
+      FROM ROWS FROM (json_to_recordset(CAST(:rows AS json)) AS (type text, customer text, data jsonb))
+           WITH ORDINALITY AS r(type, customer, data, position)
       LEFT JOIN customer_names n ON n.customer = r.customer
+     ORDER BY r.position
 """)
 
 # The parts of one statement all see the tables as they were before it, so `before` is what was announced until now.
