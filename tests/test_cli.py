@@ -25,7 +25,7 @@ def environment(servers: Servers, fake_stripe_url: str, monkeypatch: pytest.Monk
 
 COMMANDS = (
     *("run", "demo", "fake-stripe", "serve", "worker", "migrate", "flush", "keys", "doctor"),
-    *("reconcile", "periods", "corrections"),
+    *("reconcile", "periods", "corrections", "parked"),
     *("access", "notifications", "recover", "replay", "sync", "webhooks"),
 )
 

@@ -499,3 +499,17 @@ async def test_a_wrong_parameter_is_named(client: httpx.AsyncClient, parameters:
     answer = await client.get("/v1/usage", params=parameters)
     assert (answer.status_code, answer.json()["field"]) == (422, field)
     assert answer.headers["content-type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize("where", ["id", "customer", "properties"])
+async def test_a_card_number_is_refused_wherever_it_would_be_kept(
+    client: httpx.AsyncClient, resources: Resources, where: str
+) -> None:
+    number = "4242 4242 4242 4242"
+    sent = event(**{where: {"user": number} if where == "properties" else number})
+    answer = await client.post("/v1/usage", json=sent)
+    ((rejected,), status) = answer.json()["rejected"], answer.status_code
+    assert (status, rejected["code"]) == (422, "card_number")
+    assert where in rejected["message"]
+    assert (await client.put("/v1/customers/4242424242424242", json={"customer": "cus_1"})).status_code == 422
+    assert await resources.redis.keys("*") == []

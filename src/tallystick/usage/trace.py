@@ -84,7 +84,7 @@ FIND_CONFLICTS = text("""
 """)
 
 FIND_CORRECTIONS = text("""
-    SELECT id, action, value, delta, reason, method, state, invoice, requested_at, settled_at, note
+    SELECT id, action, value, delta, reason, method, why, state, invoice, requested_at, settled_at, note
       FROM usage_corrections WHERE source = :source AND event_id = :id ORDER BY requested_at, id
 """)
 
