@@ -10,12 +10,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
 from pydantic import SecretStr
-from sqlalchemy import text
 from stripe import StripeClient
 
 from tallystick import db
@@ -170,8 +170,10 @@ async def empty_stores(resources: Resources) -> None:
             await make_partitions(connection, datetime.now(UTC))
         _migrated.add(url)
     async with db.transaction(resources.engine) as connection:
-        for table in TABLES:
-            await connection.execute(text(f"DELETE FROM {table}"))  # noqa: S608  names from the list above
+        # All in one round trip, which SQLAlchemy does not offer; a round trip for each would take most of the time.
+        raw = await connection.get_raw_connection()
+        driver: Any = raw.driver_connection
+        await driver.execute(";".join(f"DELETE FROM {table}" for table in TABLES))  # noqa: S608  names from the list above
     await resources.redis.flushdb()
 
 

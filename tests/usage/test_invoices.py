@@ -37,7 +37,7 @@ from tests.conftest import WEBHOOK_SECRET, FakeStripe, open_client
 from tests.serving import serve
 from tests.usage.making import conservation, read_all
 
-HISTORIES = int(os.environ.get("INVOICE_HISTORIES", "2"))
+HISTORIES = int(os.environ.get("INVOICE_HISTORIES", "1"))
 
 DAY = timedelta(days=1)
 HOUR = timedelta(hours=1)

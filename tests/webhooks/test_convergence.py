@@ -91,7 +91,7 @@ async def differences(
 # A seed has nothing to shrink to: every history is as good as any other.
 @given(st.integers(0, 2**32))
 @settings(
-    max_examples=5,
+    max_examples=4,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
