@@ -83,8 +83,7 @@ async def test_postgresql_crashes_in_the_middle_of_a_transaction(
     sent = event("customer.subscription.created", subscription())
     async with resources.engine.connect() as other:
         await other.execute(text("INSERT INTO customers (id) VALUES ('cus_1')"))
-        waiting = asyncio.create_task(post(client, sent))
-        await wait_for_blocked(resources)
+        waiting = await post_until_blocked(client, resources, sent)
         await asyncio.to_thread(servers.postgres.kill)
         answer = await waiting
         await other.invalidate()
@@ -162,8 +161,7 @@ async def test_a_row_is_locked_by_somebody_else(client: httpx.AsyncClient, resou
 async def test_the_connection_is_cut_in_the_middle(client: httpx.AsyncClient, resources: Resources) -> None:
     sent = event("customer.subscription.created", subscription())
     async with blocked(resources) as other:
-        waiting = asyncio.create_task(post(client, sent))
-        await wait_for_blocked(resources)
+        waiting = await post_until_blocked(client, resources, sent)
         await other.execute(text(f"SELECT pg_terminate_backend(pid) {OTHERS} AND wait_event_type = 'Lock'"))
         answer = await waiting
 
@@ -191,8 +189,7 @@ async def test_callers_that_go_away_lose_nothing_and_break_nothing(
     sent = [event("customer.subscription.created", subscription(), at=at) for at in range(inbox.BATCHES_AT_ONCE + 1)]
     for one in sent:
         async with blocked(resources) as other:
-            waiting = asyncio.create_task(post(client, one))
-            await wait_for_blocked(resources)
+            waiting = await post_until_blocked(client, resources, one)
             waiting.cancel()
             await asyncio.wait([waiting])
             await other.rollback()
@@ -242,8 +239,8 @@ async def test_what_was_taken_is_committed_before_the_stop(
     app: FastAPI, client: httpx.AsyncClient, resources: Resources
 ) -> None:
     async with blocked(resources) as other:
-        taken = asyncio.create_task(post(client, event("customer.subscription.created", subscription())))
-        await wait_for_blocked(resources)
+        sent = event("customer.subscription.created", subscription())
+        taken = await post_until_blocked(client, resources, sent)
         stopping = asyncio.create_task(app.state.inbox.stop())
         await asyncio.sleep(0)
         refused = await post(client, event("customer.created", customer()))
@@ -263,9 +260,15 @@ async def blocked(resources: Resources) -> AsyncIterator[AsyncConnection]:
         yield connection
 
 
-async def wait_for_blocked(resources: Resources) -> None:
-    """Return when some statement of the application waits for a lock."""
+async def post_until_blocked(
+    client: httpx.AsyncClient, resources: Resources, sent: object
+) -> asyncio.Task[httpx.Response]:
+    """A request that waits for a lock; one that has given up before it was seen waiting is sent again."""
+    waiting = asyncio.create_task(post(client, sent))
     async with resources.engine.connect() as watching:
         while not await watching.scalar(text(f"SELECT count(*) {OTHERS} AND wait_event_type = 'Lock'")):
             await watching.rollback()  # the view is frozen within a transaction
             await asyncio.sleep(0.005)
+            if waiting.done():
+                waiting = asyncio.create_task(post(client, sent))
+    return waiting
