@@ -506,7 +506,7 @@ async def test_a_card_number_is_refused_wherever_it_would_be_kept(
     client: httpx.AsyncClient, resources: Resources, where: str
 ) -> None:
     number = "4242 4242 4242 4242"
-    sent = event(**{where: {"user": number} if where == "properties" else number})
+    sent = event() | {where: {"user": number} if where == "properties" else number}
     answer = await client.post("/v1/usage", json=sent)
     ((rejected,), status) = answer.json()["rejected"], answer.status_code
     assert (status, rejected["code"]) == (422, "card_number")
