@@ -19,7 +19,7 @@ from rich.progress import Progress
 from sqlalchemy import text
 
 # A stack takes seconds to start, and so does the worker that some benchmarks use.
-pytestmark = [pytest.mark.timeout(180), pytest.mark.xdist_group("benchmarks")]
+pytestmark = pytest.mark.timeout(180)
 
 Measure = Callable[[Rig], Awaitable[Report]]
 

@@ -27,7 +27,7 @@ from tests.faults.machine import Machine, open_machine
 from tests.faults.proxy import HOST
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.timeout(90), pytest.mark.xdist_group("load")]
+pytestmark = pytest.mark.timeout(90)
 
 IDLE = 2_000
 POSTERS = 12

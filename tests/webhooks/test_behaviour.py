@@ -33,10 +33,6 @@ from tests.webhooks.stripe_events import (
 NOW = datetime.now(UTC)
 
 
-# One server of its own for all of them.
-pytestmark = pytest.mark.xdist_group("behaviour")
-
-
 @pytest.fixture(scope="module")
 def servers(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     with own_postgres(tmp_path_factory.mktemp("own")) as postgres:

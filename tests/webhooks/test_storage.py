@@ -21,10 +21,6 @@ from tests.webhooks.stripe_events import customer, event, post, read, read_acces
 OTHERS = "FROM pg_stat_activity WHERE application_name = 'tallystick api' AND pid <> pg_backend_pid()"
 
 
-# One server of its own for all of them.
-pytestmark = pytest.mark.xdist_group("storage")
-
-
 @pytest.fixture(scope="module")
 def servers(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     with own_postgres(tmp_path_factory.mktemp("own")) as postgres:
