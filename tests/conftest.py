@@ -32,6 +32,12 @@ WEBHOOK_SECRET = "whsec_for_tests_0123456789"
 SOURCE = "tests"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that may take longest, so that none of them is left running alone at the end."""
+    marks = {item: item.get_closest_marker("timeout") for item in items}
+    items.sort(key=lambda item: -mark.args[0] if (mark := marks[item]) else 0)
+
+
 @dataclass(frozen=True)
 class Servers:
     """The two servers of this test process."""

@@ -59,7 +59,7 @@ async def test_every_benchmark_measures_and_finds_everything_there(rig: Rig) -> 
         (measure_webhooks, "invoices", "NEW.mark_event := 'evt_another'; RETURN NEW", "do not show the last"),
         (measure_access, "customer_access", "NEW.access := 'none'; RETURN NEW", "asked for"),
         (measure_query, "usage_totals", "NEW.quantity := NEW.quantity + 1; RETURN NEW", "customer"),
-        (measure_single, "usage_events", "IF NEW.id LIKE '%7' THEN RETURN NULL; END IF; RETURN NEW", "in the ledger"),
+        (measure_single, "usage_events", "RETURN NULL", "in the ledger"),
         (
             measure_flush,
             "usage_deliveries",
