@@ -46,7 +46,7 @@ class UsageRequests:
 
     def _make_request(self, events: int) -> bytes:
         written = [
-            f'{{"id":"{number * SCATTER % 2**64:016x}","customer":"{self.source}-{number % CUSTOMERS}",'
+            f'{{"id":"u{number * SCATTER % 2**64:016x}","customer":"{self.source}-{number % CUSTOMERS}",'
             f'"meter":"{METER}","value":"{VALUE}","timestamp":"{self._at}"}}'
             for number, _ in zip(self._numbers, range(events), strict=False)
         ]
