@@ -78,6 +78,34 @@ async def test_storage_that_fails_in_a_request_is_a_503(
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
 
 
+async def test_a_bug_in_a_plain_route_is_a_500_that_tells_nothing(
+    app: FastAPI, client: httpx.AsyncClient, anonymous: httpx.AsyncClient
+) -> None:
+    reader, app.state.access_reader = app.state.access_reader, "a marked secret"
+    answer = await client.get("/v1/customers/acme/access")
+    app.state.access_reader = reader
+    assert (answer.status_code, answer.json()["type"]) == (500, "urn:tallystick:problem:internal-error")
+    assert "marked" not in answer.text
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/webhooks/stripe", {"POST"}),
+        ("GET", "/webhooks/stripe/eu", {"POST"}),
+        ("PUT", "/v1/customers/acme/access", {"GET", "HEAD"}),
+        ("POST", "/healthz", {"GET", "HEAD"}),
+    ],
+)
+async def test_another_method_of_a_plain_route_is_a_405(
+    anonymous: httpx.AsyncClient, method: str, path: str, allowed: set[str]
+) -> None:
+    answer = await anonymous.request(method, path)
+    assert (answer.status_code, set(answer.headers["allow"].split(", "))) == (405, allowed)
+
+
 async def test_the_document_describes_every_route(app: FastAPI, anonymous: httpx.AsyncClient) -> None:
     paths = (await anonymous.get("/openapi.json")).json()["paths"]
     included = [getattr(route, "original_router", None) for route in app.routes]

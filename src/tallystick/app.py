@@ -28,6 +28,7 @@ from tallystick.errors import PROBLEM_MEDIA_TYPE, InvalidRequest, NotFound, Prob
 from tallystick.limits import Limiter
 from tallystick.observer import Observer
 from tallystick.openapi import describe_plain_routes
+from tallystick.plain_routes import PlainRoutes
 from tallystick.portal import sessions as portal_sessions
 from tallystick.reference import reference_route
 from tallystick.resources import open_resources
@@ -84,15 +85,18 @@ def create_app(settings: Settings) -> FastAPI:
             Exception: answer_bug,
         },
     )
-    # The hot routes are plain ones and come first: to find a decorated route and read its signature takes longer than
-    # their work.
-    app.router.routes.append(Route("/webhooks/stripe", receive_webhook, methods=["POST"]))
-    app.router.routes.append(Route("/webhooks/stripe/{endpoint}", receive_webhook, methods=["POST"]))
-    app.router.routes.append(Route("/v1/usage", receive_usage, methods=["POST"]))
-    app.router.routes.append(Route("/v1/customers/{ref}/access", access_routes.get_access, methods=["GET"]))
-    app.router.routes.append(Route("/healthz", health.get_health, methods=["GET"]))
-    app.router.routes.append(Route("/readyz", health.get_readiness, methods=["GET"]))
-    app.router.routes.append(Route("/metrics", health.get_metrics, methods=["GET"]))
+    plain_routes = [
+        Route("/webhooks/stripe", receive_webhook, methods=["POST"]),
+        Route("/webhooks/stripe/{endpoint}", receive_webhook, methods=["POST"]),
+        Route("/v1/usage", receive_usage, methods=["POST"]),
+        Route("/v1/customers/{ref}/access", access_routes.get_access, methods=["GET"]),
+        Route("/healthz", health.get_health, methods=["GET"]),
+        Route("/readyz", health.get_readiness, methods=["GET"]),
+        Route("/metrics", health.get_metrics, methods=["GET"]),
+        reference_route(app),
+    ]
+    # FastAPI answers another method on their paths with 405.
+    app.router.routes += plain_routes
     app.include_router(usage_routes.router)
     app.include_router(correction_routes.router)
     app.include_router(quota.router)
@@ -101,15 +105,26 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(access_links.router)
     app.include_router(webhook_routes.router)
     app.include_router(portal_sessions.router)
-    app.router.routes.append(reference_route(app))
     describe_plain_routes(app)
 
     # Around all that FastAPI builds: an answer to an unforeseen error is one of its answers too.
     build: Callable[[], ASGIApp] = app.build_middleware_stack
-    app.build_middleware_stack = lambda: Observer(  # type: ignore[method-assign]
-        Browsers(Crowd(LimitedBodies(build(), MAX_JSON_BYTES)), settings.cors_origins, CORS_ROUTES), app.routes
-    )
+
+    def build_around() -> ASGIApp:
+        inner = PlainRoutes(LimitedBodies(build(), MAX_JSON_BYTES), plain_routes, answer_error)
+        return Observer(Browsers(Crowd(inner), settings.cors_origins, CORS_ROUTES))
+
+    app.build_middleware_stack = build_around  # type: ignore[method-assign]
     return app
+
+
+async def answer_error(request: Request, error: Exception) -> Response:
+    """The answer to what a plain route raised, as FastAPI finds it for the others by the table in `create_app`."""
+    if isinstance(error, Problem):
+        return await answer_problem(request, error)
+    if isinstance(error, SQLAlchemyError | OSError):
+        return await answer_storage_error(request, error)
+    return await answer_bug(request, error)
 
 
 async def answer_problem(request: Request, error: Exception) -> Response:

@@ -246,7 +246,8 @@ def _matches(secret: str, key: ApiKey | None, now: datetime) -> bool:
 
 async def _note_use(cache: KeyCache, engine: AsyncEngine, key_id: str, now: datetime) -> None:
     """Keep `last_used_at` right to the minute, which is enough for "may this key be revoked?"."""
-    if now - cache.noted.get(key_id, datetime.min.replace(tzinfo=UTC)) < NOTE_USE_EVERY:
+    noted = cache.noted.get(key_id)
+    if noted is not None and now - noted < NOTE_USE_EVERY:
         return
     cache.noted[key_id] = now
     try:

@@ -15,6 +15,7 @@ class Connection(HttpToolsProtocol):
     """A connection that does not wait for a request for ever, and is not cut while one may be on its way."""
 
     _request_due: asyncio.TimerHandle | None = None
+    _request_has_begun = False
     _last_request = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -25,10 +26,16 @@ class Connection(HttpToolsProtocol):
         self._request_is_here()
         super().connection_lost(exc)
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # Most requests are complete with their first bytes, and need no timer.
+        if self._request_has_begun and self._request_due is None:
+            self._expect_request()
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._request_is_here()
-        self._expect_request()
+        self._request_has_begun = True
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
@@ -37,6 +44,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._request_is_here()
+        self._request_has_begun = False
         super().on_message_complete()
 
     def shutdown(self) -> None:

@@ -5,13 +5,11 @@ itself may hold a customer's reference.
 """
 
 import re
-from collections.abc import Sequence
+from itertools import count
 from secrets import token_hex
 from time import perf_counter
-from typing import Any
 
 from prometheus_client import Histogram
-from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
@@ -27,13 +25,13 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 
 class Observer:
-    """The application, observed. `routes`: the plain ones among them leave no trace of their template in the scope."""
+    """The application, observed."""
 
-    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self._templates: dict[tuple[Any, int], str] = {
-            (route.endpoint, len(route.param_convertors)): route.path for route in routes if isinstance(route, Route)
-        }
+        # Random once: to ask the system for random bytes costs more than all else that an id needs.
+        self._process = token_hex(4)
+        self._numbers = count(1)
         # Finding a labelled histogram costs more than adding to it.
         self._seconds: dict[tuple[str, str, int], Histogram] = {}
 
@@ -43,7 +41,7 @@ class Observer:
             return
         headers = scope["headers"]
         given = next((value for name, value in headers if name == REQUEST_ID), b"")
-        request_id = given.decode() if GOOD_ID.fullmatch(given) else token_hex(8)
+        request_id = given.decode() if GOOD_ID.fullmatch(given) else f"{self._process}{next(self._numbers):08x}"
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -87,8 +85,4 @@ class Observer:
     def _place(self, scope: Scope) -> tuple[str, str]:
         """The method and the route's template; `none` for a path that there is not."""
         method, route = scope["method"], scope.get("route")
-        if route is not None:
-            template = route.path
-        else:
-            template = self._templates.get((scope.get("endpoint"), len(scope.get("path_params", ()))), "none")
-        return method if method in METHODS else "other", template
+        return method if method in METHODS else "other", "none" if route is None else route.path

@@ -6,9 +6,9 @@ import pytest
 from fastapi import FastAPI
 
 from tallystick import db
-from tallystick.access.routes import FIND_ACCESS_OF_ALL
+from tallystick.access.routes import FIND_ACCESS_OF_ALL, AccessReader
 from tallystick.auth import create_key
-from tallystick.resources import Resources
+from tallystick.resources import Resources, open_resources
 from tests.conftest import open_client
 from tests.webhooks.stripe_events import customer, deliver, event, invoice, subscription
 
@@ -162,6 +162,40 @@ async def test_those_who_ask_at_once_get_each_their_own_answer(client: httpx.Asy
         None if name == "nobody" else f"cus_{name}" for name in asked
     ]
     assert answers[len(names)].status_code == 404
+
+
+async def test_each_of_many_at_once_hears_that_postgresql_is_away_and_later_that_it_is_back(
+    app: FastAPI, client: httpx.AsyncClient, resources: Resources
+) -> None:
+    nowhere = resources.settings.model_copy(update={"database_url": "postgresql+asyncpg://127.0.0.1:1/none"})
+    await client.get("/v1/customers/acme/access")  # the key is known from here on
+    working = app.state.access_reader
+    async with open_resources(nowhere, application_name="tests") as unreachable:
+        reader = app.state.access_reader = AccessReader(unreachable.engine)
+        answers = await asyncio.gather(*(client.get(f"/v1/customers/c{number}/access") for number in range(5)))
+        assert [answer.status_code for answer in answers] == [503] * 5
+        assert all(answer.json()["type"].endswith("unavailable") for answer in answers)
+        reader._engine = resources.engine
+        assert (await client.get("/v1/customers/acme/access")).status_code == 404
+    app.state.access_reader = working
+
+
+async def test_one_who_goes_away_takes_no_answer_from_the_others(resources: Resources) -> None:
+    reader = AccessReader(resources.engine)
+    reads = [asyncio.create_task(reader.read(f"c{number}")) for number in range(3)]
+    await asyncio.sleep(0)  # all have asked, none is answered
+    reads[1].cancel()
+    assert await asyncio.gather(*reads[::2]) == [None, None]
+    assert await reader.read("c1") is None
+
+
+async def test_one_customer_and_several_are_answered_in_the_same_words(client: httpx.AsyncClient) -> None:
+    await deliver(client, event("customer.created", customer(metadata={"tallystick_ref": "ac\u00fcme"})))
+    await deliver(client, event("customer.subscription.created", subscription()))
+    await deliver(client, event("invoice.payment_failed", invoice(), at=1))
+    one = await client.get("/v1/customers/ac\u00fcme/access")
+    several = await client.post("/v1/access", json={"customers": ["ac\u00fcme"]})
+    assert several.content == b'{"customers":[%b],"unknown":[]}' % one.content
 
 
 async def test_access_is_read_by_indexes(resources: Resources) -> None:

@@ -3,9 +3,11 @@
 import asyncio
 import hashlib
 import re
+from collections.abc import Collection
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
+import msgspec
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from sqlalchemy import Row, text
@@ -25,7 +27,7 @@ MAX_LINES = 100
 LATEST = 2**63 - 1
 
 # No control characters: PostgreSQL refuses NUL, and nobody means the others.
-CONTROL = r"[\x00-\x1f\x7f]"
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 PLAIN_TEXT = r"^[^\x00-\x1f\x7f]+$"
 MAX_REFERENCE = 100
 Reference = Annotated[
@@ -44,8 +46,9 @@ UNKNOWN_CUSTOMER: dict[int | str, dict[str, Any]] = {404: {"description": "No St
 # Customers of connected accounts can be asked for too, by their ids.
 FIND_CUSTOMER = text("SELECT customer FROM all_customer_references WHERE ref = :ref")
 
+# The members of `CustomerAccess`, in their order.
 ANSWER = """
-    a.customer, a.access, a.reason, a.since, a.until, a.decided_by, a.prices,
+    a.customer, asked.ref, a.access, a.reason, a.since, a.until, a.decided_by, a.prices,
     ARRAY(SELECT e.lookup_key FROM active_entitlements e
            WHERE e.customer = a.customer AND NOT e.deleted AND e.lookup_key IS NOT NULL
            ORDER BY e.lookup_key) AS entitlements
@@ -53,7 +56,7 @@ ANSWER = """
 
 # LIMIT keeps the planner from reading all references at once: each is looked up by itself, by the indexes.
 FIND_ACCESS_OF_ALL = text(f"""
-    SELECT asked.ref, {ANSWER}
+    SELECT {ANSWER}
       FROM unnest(CAST(:refs AS text[])) AS asked(ref)
      CROSS JOIN LATERAL (SELECT customer FROM all_customer_references WHERE ref = asked.ref LIMIT 1) r
       JOIN customer_access a ON a.customer = r.customer
@@ -125,31 +128,42 @@ class Timeline(BaseModel):
 class AccessReader:
     """Reads access with one statement at a time: those who ask while it is on its way share the next one.
 
-    A read costs some round trips to PostgreSQL, whether it is for one customer or for a hundred. Whoever asks gets what
-    was committed before, since the statement that answers begins later.
+    A read costs a round trip to PostgreSQL, whether it is for one customer or for a hundred. Whoever asks gets what was
+    committed before, since the statement that answers begins later.
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
-        self._one_at_a_time = asyncio.Lock()
-        self._asked: set[str] = set()
-        self._next: asyncio.Task[dict[str, Row[Any]]] | None = None
+        self._asked: list[tuple[str, asyncio.Future[Row[Any] | None]]] = []
+        self._reading: asyncio.Task[None] | None = None
 
     async def read(self, ref: str) -> Row[Any] | None:
         """The customer's row, or None for an unknown name. Raises what PostgreSQL raises."""
-        if self._next is None or len(self._asked) >= MAX_CUSTOMERS:
-            self._asked = set()
-            self._next = asyncio.create_task(self._read(self._asked), name="access")
-        self._asked.add(ref)
-        found = await asyncio.shield(self._next)  # others wait for it as well
-        return found.get(ref)
+        found: asyncio.Future[Row[Any] | None] = asyncio.get_running_loop().create_future()
+        self._asked.append((ref, found))
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._read_all(), name="access")
+        return await found
 
-    async def _read(self, asked: set[str]) -> dict[str, Row[Any]]:
-        async with self._one_at_a_time:
-            if self._asked is asked:
-                self._next = None  # from here on it is too late for this one
-            async with db.transaction(self._engine) as connection:
-                return {row.ref: row for row in await connection.execute(FIND_ACCESS_OF_ALL, {"refs": list(asked)})}
+    async def _read_all(self) -> None:
+        """Answer all who ask, up to a hundred with one statement, until nobody waits."""
+        while self._asked:
+            asked, self._asked = self._asked[:MAX_CUSTOMERS], self._asked[MAX_CUSTOMERS:]
+            # What went wrong belongs to each of those who asked, and not to this task.
+            outcomes = await asyncio.gather(self._read({ref for ref, _ in asked}), return_exceptions=True)
+            outcome = outcomes[0]
+            for ref, found in asked:
+                if found.done():
+                    continue  # its caller has gone away
+                if isinstance(outcome, BaseException):
+                    found.set_exception(outcome)
+                else:
+                    found.set_result(outcome.get(ref))
+        self._reading = None
+
+    async def _read(self, refs: Collection[str]) -> dict[str, Row[Any]]:
+        async with db.reading(self._engine) as connection:
+            return {row.ref: row for row in await connection.execute(FIND_ACCESS_OF_ALL, {"refs": list(refs)})}
 
 
 async def get_access(request: Request) -> Response:
@@ -160,7 +174,7 @@ async def get_access(request: Request) -> Response:
     """
     await authenticate(request, "access:read")
     ref: str = request.path_params["ref"]
-    if len(ref) > MAX_REFERENCE or re.search(CONTROL, ref):
+    if len(ref) > MAX_REFERENCE or CONTROL.search(ref):
         raise InvalidRequest(
             f"It must have 1 to {MAX_REFERENCE} characters, none of them a control character.", field="ref"
         )
@@ -168,8 +182,8 @@ async def get_access(request: Request) -> Response:
     row = await reader.read(ref)
     if row is None:
         raise UnknownCustomer(ref)
-    body = _access_of(ref, row).model_dump_json()
-    etag = f'"{hashlib.sha256(body.encode()).hexdigest()[:32]}"'
+    body = _write_access(row)
+    etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
     # Caches may keep it for this caller, and must ask whether it still holds.
     headers = {"ETag": etag, "Cache-Control": "private, no-cache", "Vary": "Authorization"}
     if _is_known(etag, request.headers.getlist("if-none-match")):
@@ -184,10 +198,10 @@ async def get_access_of_several(request: Request, body: AccessRequest) -> Access
     A POST, because 100 references do not fit into every proxy's idea of a URL; it changes nothing.
     """
     refs = list(dict.fromkeys(body.customers))
-    async with db.transaction(_engine(request)) as connection:
+    async with db.reading(_engine(request)) as connection:
         found = {row.ref: row for row in await connection.execute(FIND_ACCESS_OF_ALL, {"refs": refs})}
     return AccessOfSeveral(
-        customers=[_access_of(ref, found[ref]) for ref in refs if ref in found],
+        customers=[CustomerAccess.model_validate(row._asdict()) for ref in refs if (row := found.get(ref))],
         unknown=[ref for ref in refs if ref not in found],
     )
 
@@ -243,18 +257,9 @@ def read_line(row: Row[Any]) -> TimelineLine:
     )
 
 
-def _access_of(ref: str, row: Row[Any]) -> CustomerAccess:
-    return CustomerAccess(
-        customer=row.customer,
-        ref=ref,
-        access=row.access,
-        reason=row.reason,
-        since=row.since,
-        until=row.until,
-        decided_by=row.decided_by,
-        prices=row.prices,
-        entitlements=row.entitlements,
-    )
+def _write_access(row: Row[Any]) -> bytes:
+    """A `CustomerAccess` as JSON, straight from its row: this is done for each request of a product."""
+    return msgspec.json.encode(dict(zip(CustomerAccess.model_fields, row, strict=True)))
 
 
 def _engine(request: Request) -> AsyncEngine:
