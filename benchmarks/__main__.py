@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
@@ -55,6 +56,7 @@ async def run_benchmark(name: str, arguments: argparse.Namespace, console: Conso
             rounds=arguments.rounds or benchmark.rounds,
             seconds=arguments.seconds or benchmark.seconds,
             sizes=arguments.sizes or benchmark.sizes,
+            sync_engine=arguments.sync_engine and arguments.sync_engine.resolve(),
         ) as rig:
             return await benchmark.measure(rig)
 
@@ -66,6 +68,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="how often each side is measured")
     parser.add_argument("--seconds", type=float, help="about how long a round is")
     parser.add_argument("--sizes", type=_read_sizes, help="amounts of data, with commas: 1000000,5000000,20000000")
+    parser.add_argument(
+        "--sync-engine",
+        type=Path,
+        metavar="FOLDER",
+        help="where Stripe's sync-engine is installed: `webhooks` runs it too",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     arguments = parser.parse_args()
     console = Console(stderr=True)

@@ -63,7 +63,7 @@ class Target:
 
 @dataclass
 class Report:
-    """A benchmark's outcome: the flow at each of its sizes, and its yardstick if it has one."""
+    """A benchmark's outcome: the flow at each of its sizes, its yardstick if it has one, and peers that do the same."""
 
     benchmark: str
     flows: list[Side]
@@ -72,11 +72,12 @@ class Report:
     checked: str
     facts: dict[str, str] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)  # bytes
+    peers: list[Side] = field(default_factory=list)
 
     @property
     def sides(self) -> list[Side]:
         """All that was measured."""
-        return self.flows if self.yardstick is None else [*self.flows, self.yardstick]
+        return [*self.flows, *self.peers, *([] if self.yardstick is None else [self.yardstick])]
 
     @property
     def ratio(self) -> float | None:

@@ -40,7 +40,8 @@ class Rig:
     """A running stack without its worker, and how much to measure on it.
 
     `patient`: PostgreSQL without the service's time limits, to fill tables and to count. `rounds` of about `seconds`
-    each. `sizes`: how much data, where a benchmark grows or needs an amount.
+    each. `sizes`: how much data, where a benchmark grows or needs an amount. `sync_engine`: the folder that Stripe's
+    sync-engine is installed in, if it is to be measured too.
     """
 
     stack: Stack
@@ -51,6 +52,7 @@ class Rig:
     rounds: int
     seconds: float
     sizes: tuple[int, ...]
+    sync_engine: Path | None = None
 
     @property
     def api_port(self) -> int:
@@ -124,7 +126,13 @@ class Rig:
 
 @asynccontextmanager
 async def open_rig(
-    console: Console, bars: Progress, *, rounds: int, seconds: float, sizes: tuple[int, ...]
+    console: Console,
+    bars: Progress,
+    *,
+    rounds: int,
+    seconds: float,
+    sizes: tuple[int, ...],
+    sync_engine: Path | None = None,
 ) -> AsyncIterator[Rig]:
     """Start everything in a temporary folder, with fsync as in production, and stop and delete it at the end."""
     with tempfile.TemporaryDirectory(prefix="tallystick-benchmark-") as folder:
@@ -136,7 +144,7 @@ async def open_rig(
             # A drain beside what is measured would be measured too; those that want the worker start it again.
             await stack.stop_process("worker")
             patient = create_async_engine(stack.settings().database_url)
-            rig = Rig(stack, resources, patient, bars, await _start_bare(stack), rounds, seconds, sizes)
+            rig = Rig(stack, resources, patient, bars, await _start_bare(stack), rounds, seconds, sizes, sync_engine)
             await rig.make_meter()
             try:
                 yield rig

@@ -14,6 +14,7 @@ from benchmarks.load import Result, WrongAnswer, put_load
 from benchmarks.report import CheckFailed, Report, Side, at_least, below
 from benchmarks.rig import Rig
 from benchmarks.stripe_events import StripeEvents
+from benchmarks.sync_engine import SyncEngine
 from benchmarks.turns import Lane, Run, http_lane, take_turns
 from tallystick import db
 from tallystick.dev.server_process import find_package
@@ -68,6 +69,9 @@ async def measure_webhooks(rig: Rig) -> Report:
             ),
             Lane(Side("pgbench", "transactions/s"), pgbench),
         ]
+        peer = SyncEngine(rig, CUSTOMERS)
+        if rig.sync_engine is not None:
+            lanes.append(await peer.start(rig.sync_engine, connections=CONNECTIONS))
         await take_turns(rig, lanes, "webhooks")
     memory = rig.memory()
     repeated = [events.make_body() for _ in range(min(REPEATED, events.made))]
@@ -79,7 +83,12 @@ async def measure_webhooks(rig: Rig) -> Report:
         at_least(0.8, report.ratio or 0, "of pgbench's transactions"),
         below(50, report.flows[0].percentile_ms(99), "ms for 99 %"),
     ]
-    report.facts["Stripe's sync-engine"] = "not installed, so not compared"
+    if rig.sync_engine is None:
+        report.facts["Stripe's sync-engine"] = "not compared: --sync-engine names the folder that it is installed in"
+    else:
+        await peer.check()
+        report.peers.append(peer.side)
+        report.targets.append(at_least(2.5, lanes[0].side.rate / peer.side.rate, "times Stripe's sync-engine"))
     return report
 
 
