@@ -34,6 +34,7 @@ from tallystick.reference import reference_route
 from tallystick.resources import open_resources
 from tallystick.usage import correction_routes, parked_routes, quota
 from tallystick.usage import routes as usage_routes
+from tallystick.usage.buffer import Buffer
 from tallystick.usage.ingest import Breaker, receive_usage
 from tallystick.usage.meters import MeterCache
 from tallystick.webhooks import routes as webhook_routes
@@ -60,6 +61,7 @@ def create_app(settings: Settings) -> FastAPI:
             app.state.access_reader = access_routes.AccessReader(resources.engine)
             app.state.meters = MeterCache()
             app.state.breaker = Breaker()
+            app.state.buffer = Buffer(resources.redis, settings)
             app.state.inbox = Inbox(resources)
             await app.state.inbox.start()
             try:

@@ -1,26 +1,33 @@
 import asyncio
-import json
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import cast
 
 import pytest
 from redis.asyncio import Redis
 from sqlalchemy.exc import IntegrityError
 
 from tallystick import db
+from tallystick.config import Settings
 from tallystick.errors import TooBusy
 from tallystick.resources import Resources
 from tallystick.usage import buffer
-from tallystick.usage.buffer import BufferUnavailable, acknowledge, buffered_bytes, claim_and_append, read_entries
+from tallystick.usage.buffer import (
+    Buffer,
+    BufferUnavailable,
+    acknowledge,
+    buffered_bytes,
+    claim_and_append,
+    read_entries,
+)
 from tallystick.usage.drain import drain
-from tallystick.usage.events import UsageEvent
+from tallystick.usage.events import MAX_EVENTS, UsageEvent
 from tallystick.usage.ledger import record_events
 from tests.usage.making import conservation, make_event
 from tests.waiting import wait_until
 
 NOW = datetime.now(UTC)
-HOUR_AGO = NOW - timedelta(hours=1)
+HOUR = timedelta(hours=1)
+HOUR_AGO = NOW - HOUR
 
 
 async def claim(redis: Redis, *events: UsageEvent, now: datetime = NOW, max_bytes: int = 10**9) -> list[str]:
@@ -61,16 +68,77 @@ async def test_only_new_events_are_appended_and_they_come_out_as_they_went_in(re
     assert await buffered_bytes(resources.redis) == 0
 
 
-async def test_properties_lie_in_the_stream_and_what_an_older_release_left_there_is_read_too(
-    resources: Resources,
-) -> None:
-    plain_event = make_event("plain", at=HOUR_AGO)
-    event = plain_event._replace(id="e", properties=(("region", "eu"), ("user", "ann")))
-    await claim(resources.redis, plain_event, event)
-    ((_, fields),) = cast("list[tuple[bytes, dict[bytes, bytes]]]", await resources.redis.xrange(buffer.STREAM))
-    assert [len(written) for written in json.loads(fields[b"events"])] == [8, 9]
-    assert buffer.read_batch(fields[b"events"]) == [plain_event, event]
+async def test_an_event_comes_out_of_the_stream_as_it_went_in(resources: Resources) -> None:
+    plain_event = make_event("plain \u00fc \u2028", at=HOUR_AGO.replace(microsecond=0), value="-0.000000000001")
+    event = make_event("e", at=HOUR_AGO, value="100")._replace(properties=(("region", "eu"), ("user", "ann")))
+    stamped = make_event("stamped", timestamp=HOUR_AGO, stamped=True)
+    await claim(resources.redis, plain_event, event, stamped)
+    (entry,) = await read_entries(resources.redis, "tests", 10, reclaim_after=timedelta(minutes=1))
+    assert entry.events == [plain_event, event, stamped]
+    assert [(str(e.value), e.timestamp.tzinfo) for e in entry.events] == [
+        (str(e.value), UTC) for e in (plain_event, event, stamped)
+    ]
     assert await claim(resources.redis, event._replace(properties=event.properties[:1])) == ["conflict"]
+
+
+async def test_requests_that_come_together_share_a_call_and_hear_each_of_their_own_events(
+    resources: Resources, settings: Settings
+) -> None:
+    shared = Buffer(resources.redis, settings)
+    event = make_event("same", at=HOUR_AGO)
+    requests = [
+        [make_event("first", at=HOUR_AGO)],
+        [event, make_event("second", at=HOUR_AGO)],
+        [event],
+        [event._replace(value=Decimal(9)), make_event("third", at=HOUR_AGO)],
+    ]
+    heard = await asyncio.gather(*(shared.append(events, NOW) for events in requests))
+    assert heard == [["accepted"], ["accepted", "accepted"], ["duplicate"], ["conflict", "accepted"]]
+    assert await resources.redis.xlen(buffer.STREAM) == 1
+    assert await drain(resources, NOW) == 4
+    assert (await conservation(resources)).events == 4
+
+
+async def test_one_who_hangs_up_while_he_shares_a_call_changes_nothing(
+    resources: Resources, settings: Settings
+) -> None:
+    shared = Buffer(resources.redis, settings)
+    appends = [asyncio.create_task(shared.append([make_event(f"e{n}", at=HOUR_AGO)], NOW)) for n in range(3)]
+    await asyncio.sleep(0)  # all of them wait, and the call has not begun
+    appends[1].cancel()
+    assert list(await asyncio.gather(appends[0], appends[2])) == [["accepted"], ["accepted"]]
+    assert await shared.append([make_event("e1", at=HOUR_AGO)], NOW) == ["duplicate"]
+
+
+async def test_what_goes_wrong_is_told_to_all_who_share_the_call_and_later_ones_go_on(
+    resources: Resources, settings: Settings
+) -> None:
+    shared = Buffer(resources.redis, settings.model_copy(update={"usage_buffer_max_bytes": 1}))
+    assert await shared.append([make_event("fills it", at=HOUR_AGO)], NOW) == ["accepted"]
+    refused = await asyncio.gather(
+        *(shared.append([make_event(f"e{n}", at=HOUR_AGO)], NOW) for n in range(3)), return_exceptions=True
+    )
+    assert [type(error) for error in refused] == [TooBusy] * 3
+    await drain(resources, NOW)
+    assert await shared.append([make_event("e0", at=HOUR_AGO)], NOW) == ["accepted"]
+
+
+async def test_more_events_than_one_call_may_bring_go_in_several(resources: Resources, settings: Settings) -> None:
+    shared = Buffer(resources.redis, settings)
+    requests = [[make_event(f"r{r}-{n}", at=HOUR_AGO) for n in range(MAX_EVENTS)] for r in range(5)]
+    heard = await asyncio.gather(*(shared.append(events, NOW) for events in requests))
+    assert heard == [["accepted"] * MAX_EVENTS] * 5
+    lengths = [len(entry.events) for entry in await read_entries(resources.redis, "t", 10, reclaim_after=HOUR)]
+    assert sum(lengths) == 5 * MAX_EVENTS
+    assert max(lengths) <= buffer.EVENTS_PER_CALL
+
+
+async def test_a_generation_that_is_not_asked_any_more_is_given_up(resources: Resources) -> None:
+    await claim(resources.redis, make_event("old", at=HOUR_AGO))
+    assert await claim(resources.redis, make_event("old", at=HOUR_AGO), now=NOW + timedelta(hours=144)) == ["accepted"]
+    assert len([key async for key in resources.redis.scan_iter(f"{buffer.IDS}:*")]) == 2
+    await claim(resources.redis, make_event("new", at=HOUR_AGO), now=NOW + timedelta(hours=108))
+    assert len([key async for key in resources.redis.scan_iter(f"{buffer.IDS}:*")]) == 2
 
 
 async def test_what_a_remembered_id_costs_is_measured(resources: Resources) -> None:

@@ -17,7 +17,7 @@ from tallystick.auth import create_key
 from tallystick.config import Settings
 from tallystick.dev.embedded import EmbeddedValkey
 from tallystick.resources import Resources, open_resources
-from tallystick.usage import ingest, ledger
+from tallystick.usage import buffer, ingest, ledger
 from tallystick.usage.buffer import BufferUnavailable, claim_and_append
 from tallystick.usage.delivery import deliver_all
 from tallystick.usage.drain import drain
@@ -86,7 +86,7 @@ async def test_complaint_1_a_key_claimed_before_the_write_does_not_swallow_the_r
 
     for claim in (claim_and_lose, fail_to_claim):
         with monkeypatch.context() as patch:
-            patch.setattr(ingest, "claim_and_append", claim)
+            patch.setattr(buffer, "claim_and_append", claim)
             patch.setattr(ingest, "record_events", fail)
             assert (await post(api, use(claim.__name__)))[0] == 503
         app.state.breaker = Breaker()

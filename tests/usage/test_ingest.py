@@ -22,6 +22,7 @@ from tallystick.auth import create_key
 from tallystick.config import Settings
 from tallystick.dev.embedded import EmbeddedValkey
 from tallystick.resources import Resources, open_resources
+from tallystick.usage.buffer import Buffer
 from tallystick.usage.drain import drain
 from tallystick.usage.ingest import Breaker
 from tests.conftest import FakeStripe, open_client
@@ -179,10 +180,11 @@ async def test_with_neither_redis_nor_postgres_the_answer_is_503_and_says_when_t
     nowhere = settings.model_copy(
         update={"database_url": "postgresql+asyncpg://127.0.0.1:1/none", "redis_url": "redis://127.0.0.1:1/0"}
     )
-    working = app.state.resources
+    working, buffer = app.state.resources, app.state.buffer
     async with open_resources(nowhere, application_name="tests") as app.state.resources:
+        app.state.buffer = Buffer(app.state.resources.redis, nowhere)
         answer = await client.post("/v1/usage", json=event("during"))
-    app.state.resources = working
+    app.state.resources, app.state.buffer = working, buffer
     assert answer.status_code == 503
     assert answer.headers["retry-after"] == "2"
     assert answer.headers["content-type"] == "application/problem+json"

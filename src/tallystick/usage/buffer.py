@@ -4,51 +4,56 @@ Keys, all in one Cluster slot:
 
     {tallystick}:usage:stream          batches of accepted events, waiting for the ledger
     {tallystick}:usage:bytes           their size, for the high-water mark
-    {tallystick}:usage:ids:W:G:B       claimed ids of generation G, each W seconds long, bucket B: digest → body digest
+    {tallystick}:usage:ids:W:G         claimed ids of generation G, each W seconds long: digest → body digest
 
 An id is remembered for at least the dedupe window: a generation is half of it, and the present one and the two before
-are asked. The oldest expires by itself. The buckets stay small enough for Redis to keep them as packed lists.
+are asked. The one before those is given up.
 """
 
+import asyncio
 import hashlib
-import json
+from collections import deque
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
 from typing import Any, Literal
 
+import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError, ResponseError
 
+from tallystick.config import Settings
 from tallystick.errors import TooBusy
 from tallystick.redis_client import KEY_TAG, REDIS_ERRORS
-from tallystick.usage.events import UsageEvent, plain
+from tallystick.usage.events import MAX_EVENTS, UsageEvent, plain
 
 STREAM = f"{KEY_TAG}:usage:stream"
 BYTES = f"{KEY_TAG}:usage:bytes"
 IDS = f"{KEY_TAG}:usage:ids"
 GROUP = "ledger"
 
-# 2 bytes for the bucket and 8 within it: among 10⁹ ids, two share all ten with a chance of 10⁻⁶.
-BUCKET_BYTES = 2
-ID_BYTES = 8
+# Among 10⁹ ids, two share all ten bytes with a chance of 10⁻⁶.
+ID_BYTES = 10
 # For all else that the sender chose: enough to tell a slip from a repeat.
 BODY_BYTES = 6
 FSYNC_TIMEOUT_MS = 2_000
 
-# Enough for a mean, few enough to take milliseconds of a busy Redis.
-SAMPLED_IDS = 10_000
-SAMPLED_PAGES = 20
+# More requests share a call only up to so many events: a script stops all else that Redis does.
+EVENTS_PER_CALL = 2 * MAX_EVENTS
+# While one call waits for the disk, another is made and run.
+CALLS_AT_ONCE = 2
+
+# Of each generation, for the mean of what an id costs; all of them would keep a busy Redis for seconds.
+SAMPLED_IDS = 1_000
 
 Claim = Literal["accepted", "duplicate", "conflict"]
 _CLAIMS: dict[int, Claim] = {ord("a"): "accepted", ord("d"): "duplicate", ord("c"): "conflict"}
 
-# One call a request. It always writes (the bytes counter at least), so that a batch of nothing but repeats also
-# waits for the disk: the first copy of a repeat may have been written a moment ago by a request that has not heard
-# back yet.
+# It always writes (the bytes counter at least), so that a batch of nothing but repeats also waits for the disk: the
+# first copy of a repeat may have been written a moment ago by a request that has not heard back yet.
 #
-# KEYS: stream, bytes, and the present and the two earlier generations' prefixes. ARGV: lifetime of an id in seconds,
-# high-water mark, digests one after the other, the batch. Unless all of it is new, the claims are appended with it.
+# KEYS: stream, bytes, the present generation, the two before it, and the one to be given up (UNLINK frees it in the
+# background; when it expired, Redis might stop for it). ARGV: lifetime of a generation in seconds, high-water mark,
+# digests one after the other, the batch. Unless all of it is new, the claims are appended with it.
 CLAIM_AND_APPEND = f"""
 local call, sub = redis.call, string.sub
 local newest, older, oldest = KEYS[3], KEYS[4], KEYS[5]
@@ -56,30 +61,40 @@ local ttl, digests, batch = ARGV[1], ARGV[3], ARGV[4]
 if call('INCRBY', KEYS[2], 0) > tonumber(ARGV[2]) then
   return 'full'
 end
-local claims, fresh = {{}}, 0
-for at = 0, #digests - 1, {BUCKET_BYTES + ID_BYTES + BODY_BYTES} do
-  local bucket = sub(digests, at + 1, at + {BUCKET_BYTES})
-  local id = sub(digests, at + {BUCKET_BYTES + 1}, at + {BUCKET_BYTES + ID_BYTES})
-  local body = sub(digests, at + {BUCKET_BYTES + ID_BYTES + 1}, at + {BUCKET_BYTES + ID_BYTES + BODY_BYTES})
-  local seen = call('HGET', older .. bucket, id) or call('HGET', oldest .. bucket, id)
-  if not seen then
-    local key = newest .. bucket
-    if call('HSETNX', key, id, body) == 1 then
-      call('EXPIRE', key, ttl)
-      fresh = fresh + 1
-    else
-      seen = call('HGET', key, id)
+local ids, bodies = {{}}, {{}}
+for at = 1, #digests, {ID_BYTES + BODY_BYTES} do
+  ids[#ids + 1] = sub(digests, at, at + {ID_BYTES - 1})
+  bodies[#bodies + 1] = sub(digests, at + {ID_BYTES}, at + {ID_BYTES + BODY_BYTES - 1})
+end
+local claims, known, new = {{}}, {{}}, {{}}
+for first = 1, #ids, 1000 do
+  local last = math.min(first + 999, #ids)
+  local in_newest = call('HMGET', newest, unpack(ids, first, last))
+  local in_older = call('HMGET', older, unpack(ids, first, last))
+  local in_oldest = call('HMGET', oldest, unpack(ids, first, last))
+  for place = 1, last - first + 1 do
+    local id, body = ids[first + place - 1], bodies[first + place - 1]
+    local seen = in_newest[place] or in_older[place] or in_oldest[place] or known[id]
+    if not seen then
+      known[id] = body
+      new[#new + 1] = id
+      new[#new + 1] = body
     end
+    claims[#claims + 1] = not seen and 'a' or seen == body and 'd' or 'c'
   end
-  claims[#claims + 1] = not seen and 'a' or seen == body and 'd' or 'c'
 end
 claims = table.concat(claims)
-if fresh == #claims then
-  call('XADD', KEYS[1], '*', 'events', batch)
-elseif fresh > 0 then
-  call('XADD', KEYS[1], '*', 'events', batch, 'claims', claims)
-end
-if fresh > 0 then
+if #new > 0 then
+  for first = 1, #new, 2000 do
+    call('HSET', newest, unpack(new, first, math.min(first + 1999, #new)))
+  end
+  call('EXPIRE', newest, ttl, 'NX')
+  call('UNLINK', KEYS[6])
+  if #new == 2 * #claims then
+    call('XADD', KEYS[1], '*', 'events', batch)
+  else
+    call('XADD', KEYS[1], '*', 'events', batch, 'claims', claims)
+  end
   call('INCRBY', KEYS[2], #batch)
 end
 return claims
@@ -101,6 +116,73 @@ class BufferUnavailable(Exception):
     """Redis did not confirm that the events are on disk: they may or may not be there."""
 
 
+class Buffer:
+    """What one process appends: requests that come while a call is on its way share the next one.
+
+    A call costs an fsync and some hundred microseconds of Redis and of this process, however many events it brings.
+    """
+
+    def __init__(self, redis: Redis, settings: Settings) -> None:
+        self._redis, self._settings = redis, settings
+        self._waiting: deque[tuple[Sequence[UsageEvent], asyncio.Future[list[Claim]]]] = deque()
+        self._calls: set[asyncio.Task[None]] = set()
+
+    async def append(self, events: Sequence[UsageEvent], now: datetime) -> list[Claim]:
+        """Claim the ids and append the events whose id is new, on disk; one result for each event.
+
+        Raises what `claim_and_append` raises. A caller that goes away changes nothing: its events are appended.
+        """
+        claimed: asyncio.Future[list[Claim]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((events, claimed))
+        if len(self._calls) < CALLS_AT_ONCE:
+            call = asyncio.create_task(self._append_waiting(now), name="buffer")
+            self._calls.add(call)
+            call.add_done_callback(self._calls.discard)
+        return await claimed
+
+    async def _append_waiting(self, now: datetime) -> None:
+        while self._waiting:
+            sharing = self._take()
+            events = [event for some, _ in sharing for event in some]
+            # Died here: nobody has heard anything, and everybody sends again.
+            settings = self._settings
+            outcomes = await asyncio.gather(
+                claim_and_append(
+                    self._redis,
+                    events,
+                    max(now, *(event.received_at for event in events)),
+                    dedupe_hours=settings.usage_dedupe_hours,
+                    max_bytes=settings.usage_buffer_max_bytes,
+                    replicas=settings.usage_sync_replicas,
+                ),
+                return_exceptions=True,  # what went wrong belongs to each of those who share the call
+            )
+            _tell(sharing, outcomes[0])
+
+    def _take(self) -> list[tuple[Sequence[UsageEvent], asyncio.Future[list[Claim]]]]:
+        sharing = [self._waiting.popleft()]
+        number = len(sharing[0][0])
+        while self._waiting and number + len(self._waiting[0][0]) <= EVENTS_PER_CALL:
+            number += len(self._waiting[0][0])
+            sharing.append(self._waiting.popleft())
+        return sharing
+
+
+def _tell(
+    sharing: Sequence[tuple[Sequence[UsageEvent], asyncio.Future[list[Claim]]]], outcome: list[Claim] | BaseException
+) -> None:
+    """Give each of those who shared a call its own claims, or what went wrong."""
+    at = 0
+    for events, claimed in sharing:
+        if claimed.done():
+            pass  # its caller has gone away
+        elif isinstance(outcome, BaseException):
+            claimed.set_exception(outcome)
+        else:
+            claimed.set_result(outcome[at : at + len(events)])
+        at += len(events)
+
+
 async def claim_and_append(
     redis: Redis, events: Sequence[UsageEvent], now: datetime, *, dedupe_hours: int, max_bytes: int, replicas: int = 0
 ) -> list[Claim]:
@@ -110,16 +192,15 @@ async def claim_and_append(
 
     Raises `TooBusy` above the high-water mark (nothing was taken) and `BufferUnavailable` when Redis did not confirm.
     """
-    generations = _name_generations(now, dedupe_hours)
-    rows = [_write(event) for event in events]
+    *asked, given_up = _name_generations(now, dedupe_hours)
     arguments: list[bytes | str | int] = [
-        len(generations) * _generation_seconds(dedupe_hours),
+        len(asked) * _generation_seconds(dedupe_hours),
         max_bytes,
-        b"".join(_digest(row, stamped=event.stamped) for row, event in zip(rows, events, strict=True)),
-        json.dumps(rows, separators=(",", ":")),
+        b"".join([_digest(event) for event in events]),
+        _encode(events),
     ]
     try:
-        results = await _evaluate_durably(redis, [STREAM, BYTES, *generations], arguments, replicas)
+        results = await _evaluate_durably(redis, [STREAM, BYTES, *asked, given_up], arguments, replicas)
     except REDIS_ERRORS as error:
         raise BufferUnavailable(type(error).__name__) from error
     if results == b"full":
@@ -132,10 +213,10 @@ def _generation_seconds(dedupe_hours: int) -> int:
 
 
 def _name_generations(now: datetime, dedupe_hours: int) -> list[str]:
-    """What the keys of the present generation and of the two before it begin with."""
+    """The keys of the present generation, of the two before it, and of the one that is not asked any more."""
     seconds = _generation_seconds(dedupe_hours)
     newest = int(now.timestamp()) // seconds
-    return [f"{IDS}:{seconds}:{number}:" for number in range(newest, newest - 3, -1)]
+    return [f"{IDS}:{seconds}:{number}" for number in range(newest, newest - 4, -1)]
 
 
 async def _evaluate_durably(redis: Redis, keys: list[str], arguments: list[bytes | str | int], replicas: int) -> bytes:
@@ -167,70 +248,33 @@ def _sha(script: str) -> str:
 _CLAIM_SHA = _sha(CLAIM_AND_APPEND)
 
 
-def _write(event: UsageEvent) -> list[Any]:
-    """The event as it lies in the stream. Times are whole microseconds: no float ever holds one.
-
-    Properties come last, and only where there are some: so events without are those of releases that knew of none.
-    """
-    row = [
-        event.source,
-        event.id,
-        event.customer_ref,
-        event.meter,
-        plain(event.value),
-        _to_microseconds(event.timestamp),
-        int(event.stamped),
-        _to_microseconds(event.received_at),
-    ]
-    if event.properties:
-        row.append(event.properties)
-    return row
-
-
-def _digest(row: Sequence[Any], *, stamped: bool) -> bytes:
+def _digest(event: UsageEvent) -> bytes:
     """The digest of the key and that of the body. A stamped time is not the sender's, so it is left out."""
-    source, id, customer_ref, meter, value, at, _, _, *properties = row
-    body = f"{customer_ref}\0{meter}\0{value}\0{'' if stamped else at}"
-    for name, text in properties[0] if properties else ():
+    at = "" if event.stamped else (event.timestamp - _EPOCH) // _MICROSECOND
+    body = f"{event.customer_ref}\0{event.meter}\0{plain(event.value)}\0{at}"
+    for name, text in event.properties:
         body += f"\0{name}\0{text}"
-    return _digest_id(source, id) + hashlib.blake2b(body.encode(), digest_size=BODY_BYTES).digest()
+    return _digest_id(event.source, event.id) + hashlib.blake2b(body.encode(), digest_size=BODY_BYTES).digest()
 
 
 def _digest_id(source: str, id: str) -> bytes:
-    return hashlib.blake2b(f"{source}\0{id}".encode(), digest_size=BUCKET_BYTES + ID_BYTES).digest()
-
-
-def read_batch(batch: bytes, claims: bytes | None = None) -> list[UsageEvent]:
-    """The events of one stream entry: of those that came together, the ones whose id was new; all without `claims`."""
-    rows = json.loads(batch)
-    if claims is not None:
-        rows = [row for row, claim in zip(rows, claims, strict=True) if claim == ord("a")]
-    return [
-        UsageEvent(
-            source,
-            id,
-            customer,
-            meter,
-            Decimal(value),
-            _from_microseconds(at),
-            bool(stamped),
-            _from_microseconds(got),
-            tuple((name, property_value) for name, property_value in properties[0]) if properties else (),
-        )
-        for source, id, customer, meter, value, at, stamped, got, *properties in rows
-    ]
+    return hashlib.blake2b(f"{source}\0{id}".encode(), digest_size=ID_BYTES).digest()
 
 
 _EPOCH = datetime.fromtimestamp(0, UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
+# The events as they lie in the stream: JSON, an array for each event, with decimals and times as text.
+_encode = msgspec.json.Encoder(decimal_format="string").encode
+_decode = msgspec.json.Decoder(list[UsageEvent]).decode
 
-def _to_microseconds(at: datetime) -> int:
-    return (at - _EPOCH) // _MICROSECOND
 
-
-def _from_microseconds(at: int) -> datetime:
-    return _EPOCH + timedelta(microseconds=at)
+def read_batch(batch: bytes, claims: bytes | None = None) -> list[UsageEvent]:
+    """The events of one stream entry: of those that came together, the ones whose id was new; all without `claims`."""
+    events = _decode(batch)
+    if claims is None:
+        return events
+    return [event for event, claim in zip(events, claims, strict=True) if claim == ord("a")]
 
 
 class Entry:
@@ -279,20 +323,16 @@ async def acknowledge(redis: Redis, entries: Sequence[Entry]) -> None:
 
 
 async def measure_ids(redis: Redis) -> tuple[int, int]:
-    """How many bytes of memory some remembered ids take, and how many ids those are: a sample, not all of them."""
-    size = number = cursor = 0
-    for _ in range(SAMPLED_PAGES):
-        cursor, keys = await redis.scan(cursor, match=f"{IDS}:*", count=1_000)
+    """How many bytes of memory the remembered ids take, from a sample of them, and how many ids those are."""
+    size = number = 0
+    async for key in redis.scan_iter(match=f"{IDS}:*", count=1_000):
         async with redis.pipeline(transaction=False) as pipeline:
-            for key in keys:
-                pipeline.memory_usage(key, samples=0)
-                pipeline.hlen(key)
-            measured = await pipeline.execute()
-        # A bucket that expired in between has no size.
-        size += sum(bytes_ for bytes_ in measured[::2] if bytes_ is not None)
-        number += sum(measured[1::2])
-        if cursor == 0 or number >= SAMPLED_IDS:
-            break
+            pipeline.memory_usage(key, samples=SAMPLED_IDS)
+            pipeline.hlen(key)
+            bytes_, ids = await pipeline.execute()
+        # A generation that was given up in between has no size.
+        size += bytes_ or 0
+        number += ids
     return size, number
 
 
@@ -304,8 +344,7 @@ async def buffered_bytes(redis: Redis) -> int:
 async def is_remembered(redis: Redis, source: str, id: str, now: datetime, *, dedupe_hours: int) -> bool:
     """Whether the id was claimed within the dedupe window. Raises Redis's errors: only Redis knows."""
     digest = _digest_id(source, id)
-    bucket, field = digest[:BUCKET_BYTES], digest[BUCKET_BYTES:]
     async with redis.pipeline(transaction=False) as pipeline:
-        for generation in _name_generations(now, dedupe_hours):
-            pipeline.hexists(generation.encode() + bucket, field)
+        for generation in _name_generations(now, dedupe_hours)[:-1]:
+            pipeline.hexists(generation, digest)
         return any(await pipeline.execute())

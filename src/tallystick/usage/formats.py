@@ -19,6 +19,7 @@ from tallystick.usage.cloudevents import (
     read_cloudevent,
 )
 from tallystick.usage.events import MAX_EVENTS, BadEvent, Rejection, Unreadable, UsageEvent, find_id, read_event
+from tallystick.usage.usual_events import read_usual_events
 
 JSON = "application/json"
 # What curl says about `-d` when it is not told better. No form is understood, so it can only be JSON.
@@ -57,6 +58,8 @@ def parse_events(raw: bytes, headers: Headers, source: str, now: datetime, decla
         data = {"data": _parse_json(raw)} if raw else {}
         return _read_each([read_binary_mode(headers, data)], source, now, read_one, find_cloudevent_id)
     if media_type in (JSON, FORM):
+        if (usual := read_usual_events(raw, source, now)) is not None:
+            return list(enumerate(usual)), []
         document = _parse_json(raw)
         candidates = document if isinstance(document, list) else [document]
     elif media_type in NDJSON:

@@ -9,12 +9,14 @@ A crash before 3 is done leaves the caller without an answer, so it sends again;
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+import msgspec
 import structlog
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from tallystick import db
 from tallystick.auth import authenticate
@@ -24,7 +26,7 @@ from tallystick.metrics import USAGE_EVENTS, USAGE_PATH
 from tallystick.resources import Resources
 from tallystick.rules import MeterRules
 from tallystick.usage.aggregations import NO_RULES
-from tallystick.usage.buffer import BufferUnavailable, claim_and_append
+from tallystick.usage.buffer import Buffer, BufferUnavailable
 from tallystick.usage.events import BadEvent, Rejection, UsageEvent
 from tallystick.usage.formats import parse_events
 from tallystick.usage.ledger import record_events
@@ -36,6 +38,11 @@ MAX_BODY_BYTES = 1024 * 1024
 
 # A Redis that does not answer costs each request its time-out; one request in this long is enough to see it come back.
 LEAVE_REDIS_ALONE = timedelta(seconds=2)
+
+# Finding a labelled counter costs more than adding to it.
+COUNTERS = {result: USAGE_EVENTS.labels(result) for result in ("accepted", "duplicate", "conflict")}
+REJECTED = USAGE_EVENTS.labels("rejected")
+BY_BUFFER, BY_LEDGER = USAGE_PATH.labels("buffer"), USAGE_PATH.labels("ledger")
 
 CONFLICT_MESSAGE = "This id was sent before with another body; the first one counts. Use a new id for a new event."
 
@@ -65,7 +72,8 @@ async def receive_usage(request: Request) -> Response:
     repeats are recognised by `(source, id)`.
     """
     key = await authenticate(request, "usage:write")
-    if (listed := request.query_params.get("results")) not in (None, "all"):
+    listed = request.query_params.get("results") if request.scope["query_string"] else None
+    if listed not in (None, "all"):
         raise InvalidRequest("'results' may only be 'all'.", field="results")
     try:
         raw = await read_decoded_body(request, MAX_BODY_BYTES)
@@ -78,30 +86,34 @@ async def receive_usage(request: Request) -> Response:
     declared = {name: meter.declared for name, meter in rules.meters.items()}
     events, rejections = parse_events(raw, request.headers, key.source, now, declared)
     # Usage records have no meter at Stripe that one could ask for.
-    asked = {event.meter for _, event in events if rules.meters.get(event.meter, NO_RULES).sender != "usage_records"}
+    names = {event.meter for _, event in events}
+    asked = {name for name in names if rules.meters.get(name, NO_RULES).sender != "usage_records"}
     meters = await find_meters(request.app.state.meters, resources, asked, now)
+    checks = {name: MeterCheck(name, meters.get(name), rules.meters.get(name, NO_RULES)) for name in names}
     taken: list[tuple[int, UsageEvent]] = []
     for index, event in events:
         try:
-            _check_meter(event, meters.get(event.meter), rules.meters.get(event.meter, NO_RULES))
+            checks[event.meter].check(event)
         except BadEvent as bad:
             rejections.append(Rejection(index, event.id, bad.code, bad.message))
         else:
             taken.append((index, event))
 
-    breaker: Breaker = request.app.state.breaker
-    results = await _keep(resources, breaker, [event for _, event in taken], now) if taken else []
-    rejections += [
-        Rejection(index, event.id, "conflict", CONFLICT_MESSAGE)
-        for (index, event), result in zip(taken, results, strict=True)
-        if result == "conflict"
-    ]
+    results = await _keep(request, [event for _, event in taken], now) if taken else []
+    numbers = Counter(results)
+    if numbers["conflict"]:
+        rejections += [
+            Rejection(index, event.id, "conflict", CONFLICT_MESSAGE)
+            for (index, event), result in zip(taken, results, strict=True)
+            if result == "conflict"
+        ]
     rejections.sort(key=lambda rejection: rejection.index)
 
-    numbers = Counter(results)
-    for result in ("accepted", "duplicate", "conflict"):
-        USAGE_EVENTS.labels(result).inc(numbers[result])
-    USAGE_EVENTS.labels("rejected").inc(len(rejections) - numbers["conflict"])
+    for result, counter in COUNTERS.items():
+        if number := numbers[result]:
+            counter.inc(number)
+    if refused := len(rejections) - numbers["conflict"]:
+        REJECTED.inc(refused)
     answer: dict[str, object] = {
         "accepted": numbers["accepted"],
         "duplicates": numbers["duplicate"],
@@ -111,40 +123,53 @@ async def receive_usage(request: Request) -> Response:
         answer["results"] = _list_results(taken, results, rejections)
     # An empty batch of CloudEvents is valid, and nothing of it was rejected.
     all_bad = rejections and not numbers["accepted"] + numbers["duplicate"]
-    return JSONResponse(answer, status_code=422 if all_bad else 202)
+    return Response(msgspec.json.encode(answer), 422 if all_bad else 202, media_type="application/json")
 
 
-def _check_meter(event: UsageEvent, meter: Meter | None, rules: MeterRules) -> None:
-    """Whether an event can be counted as its meter and the rules ask for. Raises `BadEvent`."""
-    if rules.sender == "usage_records":
-        # Stripe takes whole numbers only there, and what is rounded is billed wrongly.
-        if event.value != event.value.to_integral_value():
+class MeterCheck:
+    """Whether events of one meter can be counted as it and its rules ask for; what all have in common is asked once."""
+
+    def __init__(self, name: str, meter: Meter | None, rules: MeterRules) -> None:
+        self.name, self.rules = name, rules
+        self.recorded = rules.sender == "usage_records"
+        self.counted = not self.recorded and meter is not None and meter.formula == "count"
+        self.refusal: tuple[str, str] | None = None
+        if not self.recorded:
+            if meter is None:
+                self.refusal = "unknown_meter", f"Stripe has no meter {name!a}."
+            elif (refusal := meter.refusal(rules)) is not None:
+                self.refusal = "unsupported_meter", refusal
+
+    def check(self, event: UsageEvent) -> None:
+        """Raise `BadEvent` for an event that cannot be counted."""
+        if self.refusal is not None:
+            raise BadEvent(*self.refusal)
+        # Stripe takes whole numbers only as usage records, and what is rounded is billed wrongly.
+        if self.recorded and event.value != event.value.to_integral_value():
             raise BadEvent(
-                "invalid_value", f"The meter {event.meter!a} is told by usage records, which are whole numbers."
+                "invalid_value", f"The meter {self.name!a} is told by usage records, which are whole numbers."
             )
-    elif meter is None:
-        raise BadEvent("unknown_meter", f"Stripe has no meter {event.meter!a}.")
-    elif (refusal := meter.refusal(rules)) is not None:
-        raise BadEvent("unsupported_meter", refusal)
-    elif meter.formula == "count" and event.value != 1:
-        raise BadEvent(
-            "invalid_value", f"The meter {event.meter!a} counts events: leave the field 'value' out, or send 1."
-        )
-    if not event.properties and rules.property is None:
-        return
-    given = {name for name, _ in event.properties}
-    if not given <= rules.declared:
-        there_are = f"there are: {', '.join(sorted(rules.declared))}" if rules.declared else "it declares none"
-        unknown = min(given - rules.declared)
-        raise BadEvent("unknown_property", f"The meter {event.meter!a} has no property {unknown!a}; {there_are}.")
-    if rules.property is not None and rules.property not in given:
-        raise BadEvent(
-            "missing_property", f"The meter {event.meter!a} counts the values of {rules.property!a}: send it."
-        )
+        if self.counted and event.value != 1:
+            raise BadEvent(
+                "invalid_value", f"The meter {self.name!a} counts events: leave the field 'value' out, or send 1."
+            )
+        if event.properties or self.rules.property is not None:
+            self._check_properties({name for name, _ in event.properties})
+
+    def _check_properties(self, given: set[str]) -> None:
+        rules = self.rules
+        if not given <= rules.declared:
+            there_are = f"there are: {', '.join(sorted(rules.declared))}" if rules.declared else "it declares none"
+            unknown = min(given - rules.declared)
+            raise BadEvent("unknown_property", f"The meter {self.name!a} has no property {unknown!a}; {there_are}.")
+        if rules.property is not None and rules.property not in given:
+            raise BadEvent(
+                "missing_property", f"The meter {self.name!a} counts the values of {rules.property!a}: send it."
+            )
 
 
 def _list_results(
-    taken: list[tuple[int, UsageEvent]], results: list[str], rejections: list[Rejection]
+    taken: list[tuple[int, UsageEvent]], results: Sequence[str], rejections: list[Rejection]
 ) -> list[dict[str, object]]:
     """What became of each event, in the order of the request: accepted, duplicate, conflict or rejected."""
     listed: dict[int, dict[str, object]] = {
@@ -157,28 +182,23 @@ def _list_results(
     return [listed[index] for index in sorted(listed)]
 
 
-async def _keep(resources: Resources, breaker: Breaker, events: list[UsageEvent], now: datetime) -> list[str]:
+async def _keep(request: Request, events: list[UsageEvent], now: datetime) -> Sequence[str]:
     """Put the events on a disk, Redis's or PostgreSQL's; `accepted`, `duplicate` or `conflict` for each."""
-    settings = resources.settings
+    resources: Resources = request.app.state.resources
+    buffer: Buffer = request.app.state.buffer
+    breaker: Breaker = request.app.state.breaker
     if breaker.is_open(now):
         return await _record_directly(resources, events, now)
     try:
-        claims = await claim_and_append(
-            resources.redis,
-            events,
-            now,
-            dedupe_hours=settings.usage_dedupe_hours,
-            max_bytes=settings.usage_buffer_max_bytes,
-            replicas=settings.usage_sync_replicas,
-        )
-        USAGE_PATH.labels("buffer").inc()
-        return list(claims)
+        claims = await buffer.append(events, now)
     except BufferUnavailable as error:
         # Redis may hold the batch all the same. The ledger recognises the second copy, whichever of the two comes
         # first.
         breaker.open(now)
         log.warning("usage_goes_to_the_ledger_directly", error=str(error))
-    return await _record_directly(resources, events, now)
+        return await _record_directly(resources, events, now)
+    BY_BUFFER.inc()
+    return claims
 
 
 async def _record_directly(resources: Resources, events: list[UsageEvent], now: datetime) -> list[str]:
@@ -188,5 +208,5 @@ async def _record_directly(resources: Resources, events: list[UsageEvent], now: 
             recorded = await record_events(connection, events, accepted_already=False, rules=rules)
     except db.STORAGE_ERRORS as error:
         raise Unavailable("Usage cannot be stored right now; send it again.", retry_after_seconds=2) from error
-    USAGE_PATH.labels("ledger").inc()
+    BY_LEDGER.inc()
     return ["accepted" if result == "recorded" else result for result in recorded]
