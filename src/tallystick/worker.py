@@ -49,7 +49,7 @@ async def check_conservation(resources: Resources, now: datetime) -> int:
 
 
 LOOPS = (
-    Loop("drain", 0.5, drain),
+    Loop("drain", 0.2, drain),
     Loop("seal_requests", 1, answer_seal_requests),
     Loop("seal", 5, seal_due),
     Loop("deliver", 1, deliver_all),

@@ -54,6 +54,10 @@ class Scene:
         await asyncio.sleep(0.1)  # the fault has begun
         await asyncio.gather(striking, self.post(batches))
 
+    async def is_read_only(self) -> bool:
+        async with db.reading(self.resources.engine) as connection:
+            return bool(await connection.scalar(text("SELECT current_setting('default_transaction_read_only') = 'on'")))
+
     async def findings(self) -> Findings:
         """What is found once everything has come back and nothing waits."""
         await wait_until(self.machine.is_well)
@@ -150,7 +154,7 @@ async def test_it_finds_an_acknowledgement_before_the_commit(tmp_path: Path) -> 
 async def test_it_finds_a_webhook_that_is_answered_before_the_commit(tmp_path: Path) -> None:
     async with play(tmp_path, broken="answer_first") as scene:
         striking = asyncio.create_task(scene.strike("read-only", "postgres", 1.5))
-        await asyncio.sleep(0.2)  # the fault has begun
+        await wait_until(scene.is_read_only)
         for number in range(5):
             await scene.resources.stripe.v1.customers.create_async({"metadata": {"tallystick_ref": f"new-{number}"}})
         await scene.control.post("/_fake/settle", json={"timeout_seconds": 20})

@@ -154,7 +154,7 @@ async def test_complaint_4_no_half_of_a_batch_is_committed(
     totals = "SELECT count(*) FROM usage_totals"
     with monkeypatch.context() as patch:
         # Stamps and totals are written by then; what fails is the last step.
-        patch.setattr(ledger, "RECORD", text("SELECT 1 / (length(CAST(:rows AS text)) * 0)"))
+        patch.setattr(ledger, "RECORD", text("SELECT 1 / (CAST(:number AS integer) * 0)"))
         assert (await post(api, *batch, use("stamped")))[0] == 503
         assert await read_all(resources, totals) == [(0,)]
         assert await read_all(resources, "SELECT count(*) FROM usage_stamps") == [(0,)]

@@ -14,9 +14,12 @@ from tallystick.resources import Resources
 from tallystick.usage.buffer import Entry, acknowledge, read_entries
 from tallystick.usage.ledger import record_events
 
-# At most this many requests' batches a transaction: 200 times 1,000 events would be a long one, and is rare.
-ENTRIES_PER_TRANSACTION = 200
+# An entry holds what requests brought that came together, some thousand events at the most. These are some megabytes.
+ENTRIES_PER_READING = 32
 MAX_EVENTS_PER_TRANSACTION = 20_000
+# While PostgreSQL works on the transaction of one lane, the other reads the next batches and makes rows of them. They
+# mostly touch the same totals, so that their transactions come one after the other, and a third lane would only wait.
+LANES = 2
 
 # Longer than any transaction may take (db.py), so that a batch is taken over only from a drain that has died.
 RECLAIM_AFTER = timedelta(seconds=15)
@@ -27,12 +30,28 @@ CONSUMER = f"{socket.gethostname()}:{os.getpid()}"
 async def drain(resources: Resources, now: datetime, *, reclaim_after: timedelta = RECLAIM_AFTER) -> int:
     """Move all that waits in Redis into the ledger; how many events were read."""
     drained = 0
-    while entries := await read_entries(
-        resources.redis, CONSUMER, ENTRIES_PER_TRANSACTION, reclaim_after=reclaim_after
-    ):
+    while entries := await _read(resources, reclaim_after):
+        lanes = [_drain_lane(resources, some, now) for some in (entries, *([] for _ in range(LANES - 1)))]
+        ended = await asyncio.gather(*lanes, return_exceptions=True)
+        for outcome in ended:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            drained += outcome
+    return drained
+
+
+async def _drain_lane(resources: Resources, entries: list[Entry], now: datetime) -> int:
+    drained = 0
+    # What the other lane has in hand was taken a moment ago, so this one does not take it for abandoned.
+    while entries := entries or await _read(resources, RECLAIM_AFTER):
         for batch in _split(entries):
             drained += await _record(resources, batch, now)
+        entries = []
     return drained
+
+
+async def _read(resources: Resources, reclaim_after: timedelta) -> list[Entry]:
+    return await read_entries(resources.redis, CONSUMER, ENTRIES_PER_READING, reclaim_after=reclaim_after)
 
 
 async def _record(resources: Resources, batch: list[Entry], now: datetime) -> int:

@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from itertools import count
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tallystick.metrics import LEDGER_EVENTS
 from tallystick.rules import MeterRules
-from tallystick.usage.aggregations import ADDITIVE, RECORD_ANY, list_uniques
+from tallystick.usage.aggregations import RECORD_ANY, list_uniques
 from tallystick.usage.buckets import find_boundaries, find_bucket
 from tallystick.usage.events import Key, UsageEvent, plain
 
@@ -30,11 +31,9 @@ STAMP = text("""
     RETURNING source, id
 """)
 
-# Locks the totals, in one order for everybody, and tells which seal is open: an event is recorded under the seal that
-# will carry it. The update changes nothing: it locks. A boundary that was learnt since the bucket was opened is left to
-# the seal, for only cutting moves what lies behind it. The aggregation is what the rules, or Stripe's meter, said when
-# the total was opened.
-LOCK_TOTALS = text("""
+# A total for each customer, meter and bucket that has none yet. The aggregation is what the rules, or Stripe's meter,
+# say now; it stays what it was when the total was opened.
+OPEN_TOTALS = text("""
     INSERT INTO usage_totals AS t (customer_ref, meter, bucket_start, bucket_end, aggregation)
     SELECT r.customer_ref, r.meter, r.bucket_start, r.bucket_end, coalesce(r.declared, m.formula, 'sum')
       FROM json_to_recordset(CAST(:rows AS json))
@@ -43,24 +42,43 @@ LOCK_TOTALS = text("""
                   WHERE formula IN ('sum', 'count', 'last')
                   ORDER BY event_name, status = 'active' DESC, refreshed_at DESC, id) m ON m.event_name = r.meter
      ORDER BY r.customer_ref, r.meter, r.bucket_start
-    ON CONFLICT (customer_ref, meter, bucket_start) DO UPDATE SET bucket_end = t.bucket_end
-    RETURNING t.customer_ref, t.meter, t.bucket_start, t.id, t.seal, t.aggregation
+    ON CONFLICT (customer_ref, meter, bucket_start) DO NOTHING
 """)
 
+# Locks the totals, in one order for everybody, and tells which seal is open: an event is recorded under the seal that
+# will carry it. A boundary that was learnt since the bucket was opened is left to the seal, for only cutting moves what
+# lies behind it.
+LOCKED = """
+    SELECT k.place, t.id, t.seal, t.aggregation, k.customer_ref, k.meter
+      FROM (SELECT * FROM unnest(CAST(:customer_refs AS text[]), CAST(:meters AS text[]),
+                                 CAST(:bucket_starts AS timestamptz[]))
+                          WITH ORDINALITY AS k(customer_ref, meter, bucket_start, place)
+             ORDER BY customer_ref, meter, bucket_start) k
+     CROSS JOIN LATERAL (
+           SELECT id, seal, aggregation FROM usage_totals
+            WHERE customer_ref = k.customer_ref AND meter = k.meter AND bucket_start = k.bucket_start
+              FOR UPDATE) t
+"""
+LOCK_TOTALS = text(LOCKED)
+
 # The two halves of the one idea: the events that are new, and what they add to their totals. This is the quick form for
-# totals that add up and events without properties; RECORD_ANY is the whole one. Columns are cheaper than rows of JSON,
-# on both sides, and mostly all events are new: then their number says so.
-RECORD = text("""
-    WITH inserted AS (
+# totals that add up and events without properties; RECORD_ANY is the whole one, and if it is needed for one of the
+# totals, nothing is inserted here. The totals are locked in the same statement, so that nobody waits for them while
+# this process makes parameters. Each event says where its total and its request stand among theirs, and columns are
+# cheaper than rows of JSON. Mostly all events are new: then their number says so.
+RECORD = text(f"""
+    WITH locked AS MATERIALIZED ({LOCKED}), inserted AS (
         INSERT INTO usage_events
                (source, id, day, customer_ref, meter, value, timestamp, stamped, received_at, total_id, seal)
-        SELECT source, id, CAST(timestamp AT TIME ZONE 'UTC' AS date), customer_ref, meter, CAST(value AS numeric),
-               timestamp, stamped, received_at, total_id, seal
-          FROM unnest(CAST(:source AS text[]), CAST(:id AS text[]), CAST(:customer_ref AS text[]),
-                      CAST(:meter AS text[]), CAST(:value AS text[]), CAST(:timestamp AS timestamptz[]),
-                      CAST(:stamped AS boolean[]), CAST(:received_at AS timestamptz[]), CAST(:total_id AS bigint[]),
-                      CAST(:seal AS integer[]))
-            AS r(source, id, customer_ref, meter, value, timestamp, stamped, received_at, total_id, seal)
+        SELECT o.source, e.id, CAST(e.timestamp AT TIME ZONE 'UTC' AS date), l.customer_ref, l.meter,
+               CAST(e.value AS numeric), e.timestamp, o.stamped, o.received_at, l.id, l.seal
+          FROM unnest(CAST(:ids AS text[]), CAST(:values AS text[]), CAST(:timestamps AS timestamptz[]),
+                      CAST(:places AS integer[]), CAST(:origins AS integer[]))
+            AS e(id, value, timestamp, place, origin)
+          JOIN locked l ON l.place = e.place
+          JOIN unnest(CAST(:sources AS text[]), CAST(:stamped AS boolean[]), CAST(:received_at AS timestamptz[]))
+               WITH ORDINALITY AS o(source, stamped, received_at, origin) ON o.origin = e.origin
+         WHERE (SELECT bool_and(aggregation IN ('sum', 'count')) FROM locked)
          ORDER BY 1, 2, 3
         ON CONFLICT DO NOTHING
         RETURNING source, id, total_id, value
@@ -69,10 +87,14 @@ RECORD = text("""
           FROM (SELECT total_id, sum(value) AS quantity, count(*) AS events FROM inserted GROUP BY total_id) s
          WHERE t.id = s.total_id
     )
-    SELECT count(*) AS number, CASE WHEN count(*) < :number THEN array_agg(source) END AS sources,
+    SELECT (SELECT bool_and(aggregation IN ('sum', 'count')) FROM locked) AS additive, count(*) AS number,
+           CASE WHEN count(*) < :number THEN array_agg(source) END AS sources,
            CASE WHEN count(*) < :number THEN array_agg(id) END AS ids
       FROM inserted
-""")
+""")  # noqa: S608  a constant
+
+# A plan that is made without knowing how many events come would join them as if they were ten.
+PLAN_FOR_THESE = text("SET LOCAL plan_cache_mode = force_custom_plan")
 
 # The copies that the ledger holds of events that were not new. A stamped one lies on the day of its stamp.
 FIND_COPIES = text("""
@@ -91,10 +113,12 @@ NOTE_CONFLICTS = text("""
 """)
 
 
-class _LockedTotal(NamedTuple):
-    id: int
-    seal: int
-    aggregation: str
+class _Total(NamedTuple):
+    """Which total an event belongs to."""
+
+    customer_ref: str
+    meter: str
+    bucket_start: datetime
 
 
 async def record_events(
@@ -151,37 +175,34 @@ async def _stamp(connection: AsyncConnection, events: Sequence[UsageEvent]) -> s
 async def _insert(
     connection: AsyncConnection, events: Sequence[UsageEvent], rules: Mapping[str, MeterRules]
 ) -> set[Key]:
+    """Insert the events that the ledger does not have, and add them to their totals; the keys of these events."""
     if not events:
         return set()
     buckets = await _find_buckets(connection, events)
-    ends = {(event.customer_ref, event.meter, start): end for event, (start, end) in zip(events, buckets, strict=True)}
+    belongs = [
+        _Total(event.customer_ref, event.meter, start) for event, (start, _) in zip(events, buckets, strict=True)
+    ]
+    ends = {total: end for total, (_, end) in zip(belongs, buckets, strict=True)}
     declared = {meter: _declared_aggregation(its_rules) for meter, its_rules in rules.items()}
-    locked = await connection.execute(
-        LOCK_TOTALS,
+    opened: list[dict[str, object]] = [
         {
-            "rows": _rows(
-                {
-                    "customer_ref": ref,
-                    "meter": meter,
-                    "bucket_start": start.isoformat(),
-                    "bucket_end": end.isoformat(),
-                    "declared": declared.get(meter),
-                }
-                for (ref, meter, start), end in ends.items()
-            )
-        },
-    )
-    totals = {(ref, meter, start): _LockedTotal(*total) for ref, meter, start, *total in locked}
-    places = [totals[event.customer_ref, event.meter, start] for event, (start, _) in zip(events, buckets, strict=True)]
-    if all(total.aggregation in ADDITIVE for total in totals.values()) and not any(e.properties for e in events):
-        return await _insert_plain(connection, events, places)
-    counted = {total.id: key[1] for key, total in totals.items() if total.aggregation == "unique_count"}
-    rows = _rows(
-        _event_row(event) | {"total_id": total.id, "seal": total.seal}
-        for event, total in zip(events, places, strict=True)
-    )
-    inserted = await connection.execute(RECORD_ANY, {"rows": rows, "uniques": list_uniques(counted, rules)})
-    return {(source, id) for source, id in inserted}
+            "customer_ref": total.customer_ref,
+            "meter": total.meter,
+            "bucket_start": total.bucket_start.isoformat(),
+            "bucket_end": end.isoformat(),
+            "declared": declared.get(total.meter),
+        }
+        for total, end in ends.items()
+    ]
+    await connection.execute(OPEN_TOTALS, {"rows": _rows(opened)})
+    refs, meters, starts = zip(*ends, strict=True)
+    totals = {"customer_refs": list(refs), "meters": list(meters), "bucket_starts": list(starts)}
+    places = dict(zip(ends, count(1)))
+    if not any(event.properties for event in events):
+        inserted = await _insert_plain(connection, events, [places[total] for total in belongs], totals)
+        if inserted is not None:
+            return inserted
+    return await _insert_any(connection, events, [places[total] for total in belongs], totals, rules)
 
 
 async def _find_buckets(connection: AsyncConnection, events: Sequence[UsageEvent]) -> list[tuple[datetime, datetime]]:
@@ -200,26 +221,50 @@ async def _find_buckets(connection: AsyncConnection, events: Sequence[UsageEvent
 
 
 async def _insert_plain(
-    connection: AsyncConnection, events: Sequence[UsageEvent], totals: Sequence[_LockedTotal]
-) -> set[Key]:
-    sources, ids, refs, meters, values, timestamps, stamped, received, _ = zip(*events, strict=True)
-    columns = {
-        "source": sources,
-        "id": ids,
-        "customer_ref": refs,
-        "meter": meters,
-        "value": [plain(value) for value in values],
-        "timestamp": timestamps,
-        "stamped": stamped,
-        "received_at": received,
-        "total_id": [total.id for total in totals],
-        "seal": [total.seal for total in totals],
+    connection: AsyncConnection, events: Sequence[UsageEvent], places: list[int], totals: Mapping[str, object]
+) -> set[Key] | None:
+    """Insert events without properties; the keys of those that were new, or None if a total does not add up."""
+    sources, ids, _, _, values, timestamps, stamped, received, _ = zip(*events, strict=True)
+    # What all events of a request have in common.
+    requests = list(zip(sources, stamped, received, strict=True))
+    origins = {request: place for place, request in enumerate(dict.fromkeys(requests), 1)}
+    parameters = {
+        **totals,
+        "ids": list(ids),
+        "values": [plain(value) for value in values],
+        "timestamps": list(timestamps),
+        "places": places,
+        "origins": [origins[request] for request in requests],
+        "sources": [source for source, _, _ in origins],
+        "stamped": [is_stamped for _, is_stamped, _ in origins],
+        "received_at": [at for _, _, at in origins],
+        "number": len(events),
     }
-    parameters = {name: list(column) for name, column in columns.items()}
-    inserted = (await connection.execute(RECORD, parameters | {"number": len(events)})).one()
+    await connection.execute(PLAN_FOR_THESE)
+    inserted = (await connection.execute(RECORD, parameters)).one()
+    if not inserted.additive:
+        return None
     if inserted.number == len(events):
         return {event.key for event in events}
     return set(zip(inserted.sources or (), inserted.ids or (), strict=True))
+
+
+async def _insert_any(
+    connection: AsyncConnection,
+    events: Sequence[UsageEvent],
+    places: list[int],
+    totals: Mapping[str, object],
+    rules: Mapping[str, MeterRules],
+) -> set[Key]:
+    """Insert events for totals of any aggregation; the keys of those that were new."""
+    locked = {row.place: row for row in await connection.execute(LOCK_TOTALS, totals)}
+    counted = {row.id: row.meter for row in locked.values() if row.aggregation == "unique_count"}
+    rows = _rows(
+        _event_row(event) | {"total_id": locked[place].id, "seal": locked[place].seal}
+        for event, place in zip(events, places, strict=True)
+    )
+    inserted = await connection.execute(RECORD_ANY, {"rows": rows, "uniques": list_uniques(counted, rules)})
+    return {(source, id) for source, id in inserted}
 
 
 def _declared_aggregation(rules: MeterRules) -> str | None:
