@@ -218,7 +218,7 @@ async def test_every_try_is_recorded_and_its_key_names_the_delivery(
         "  FROM usage_delivery_attempts ORDER BY attempt",
     ) == [
         (1, "retry", "rate_limit", 429, True),
-        (2, "retry", "RemoteProtocolError", None, None),
+        (2, "retry", "ServerDisconnectedError", None, None),
         (3, "sent", "repeat", 400, True),
     ]
     requests = (await fake_stripe.control.get("/_fake/requests")).json()["requests"]
@@ -324,7 +324,7 @@ async def test_what_could_not_reach_stripe_for_a_day_is_sent_afterwards_once(
         for hour in range(0, 26, 5):
             assert await deliver_all(cut_off, now + timedelta(hours=hour)) == 3
     assert await read_all(resources, "SELECT DISTINCT state, reason FROM usage_deliveries") == [
-        ("pending", "ConnectError")
+        ("pending", "ClientConnectorError")
     ]
     assert await deliver_all(resources, now + timedelta(hours=26)) == 3
     assert sorted(value for _, value in await taken_by_stripe(fake_stripe)) == [1, 2, 3]
