@@ -42,8 +42,8 @@ class Connections(stripe.HTTPClient):
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(ssl=ssl.create_default_context(cafile=stripe.ca_bundle_path)),
             # A call ends within `seconds`, whatever it waits for: leases count on that. Half of it is enough to find
-            # that no connection comes about, and then it is certain that nothing was said.
-            timeout=aiohttp.ClientTimeout(total=seconds, connect=seconds / 2),
+            # that no connection comes about, and then it is certain that nothing was said. Nothing is rounded up.
+            timeout=aiohttp.ClientTimeout(total=seconds, connect=seconds / 2, ceil_threshold=seconds),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
         self._proxies: dict[tuple[str, str | None], str | None] = {}
