@@ -81,7 +81,8 @@ FIND_SENDERS = text("""
 """)
 
 # First what a dead worker left, then the oldest due delivery of each customer and meter that has none on its way. The
-# recursion goes from one customer and meter to the next by index, so it costs what it finds, and not what waits.
+# recursion goes from one customer and meter to the next by index, so it costs what it finds, and not what waits. What is
+# on its way is asked for pair by pair, inside: outside, it would be joined with all pairs that wait.
 CHOOSE = text("""
     WITH RECURSIVE pairs AS (
         (SELECT customer, event_name FROM usage_deliveries
@@ -105,9 +106,9 @@ CHOOSE = text("""
            SELECT id FROM usage_deliveries
             WHERE state = 'pending' AND sender = :sender AND customer = p.customer AND event_name = p.event_name
               AND next_attempt_at <= :now
+              AND NOT EXISTS (SELECT FROM usage_deliveries o
+                               WHERE o.customer = p.customer AND o.event_name = p.event_name AND o.state = 'sending')
             ORDER BY next_attempt_at, id LIMIT 1) d
-     WHERE NOT EXISTS (SELECT FROM usage_deliveries o
-                        WHERE o.customer = p.customer AND o.event_name = p.event_name AND o.state = 'sending')
      LIMIT :limit
 """)
 
