@@ -81,8 +81,9 @@ FIND_SENDERS = text("""
 """)
 
 # First what a dead worker left, then the oldest due delivery of each customer and meter that has none on its way. The
-# recursion goes from one customer and meter to the next by index, so it costs what it finds, and not what waits. Whether
-# one is on its way is asked inside, pair by pair: outside, all pairs that wait would be found first, to be joined.
+# recursion goes from one customer and meter to the next by index, so it costs what it finds, and not what waits.
+# Whether one is on its way is asked inside, pair by pair: outside, all pairs that wait would be found first, to be
+# joined.
 CHOOSE = text("""
     WITH RECURSIVE pairs AS (
         (SELECT customer, event_name FROM usage_deliveries
