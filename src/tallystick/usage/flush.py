@@ -25,11 +25,15 @@ async def flush(resources: Resources, now: datetime) -> Flushed:
     """Drain, seal every total that a linked customer has, and send until nothing is due."""
     began = monotonic()
     tried = 0
-    async with asyncio.TaskGroup() as both:
-        # Died here: what is sealed is written down, and the worker sends it; the rest is still open.
-        sealing = both.create_task(seal_everything(resources, now))
+    # Died here: what is sealed is written down, and the worker sends it; the rest is still open.
+    sealing = asyncio.create_task(seal_everything(resources, now))
+    try:
         while not sealing.done():
             tried += await deliver_all(resources, now + timedelta(seconds=monotonic() - began))
             await asyncio.wait([sealing], timeout=LOOK_AGAIN_SECONDS)
+    finally:
+        sealing.cancel()  # nothing, if it has ended
+        await asyncio.gather(sealing, return_exceptions=True)
+    sealed = sealing.result()
     tried += await deliver_all(resources, now + timedelta(seconds=monotonic() - began))
-    return Flushed(sealing.result(), tried)
+    return Flushed(sealed, tried)
