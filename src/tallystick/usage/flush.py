@@ -10,7 +10,7 @@ from tallystick.usage.delivery import deliver_all
 from tallystick.usage.sealing import seal_everything
 
 # Between two looks for sealed totals, once all before them were sent.
-LOOK_AGAIN_SECONDS = 0.02
+LOOK_AGAIN = timedelta(milliseconds=20)
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ async def flush(resources: Resources, now: datetime) -> Flushed:
     try:
         while not sealing.done():
             tried += await deliver_all(resources, now + timedelta(seconds=monotonic() - began))
-            await asyncio.wait([sealing], timeout=LOOK_AGAIN_SECONDS)
+            await asyncio.wait([sealing], timeout=LOOK_AGAIN.total_seconds())
     finally:
         sealing.cancel()  # nothing, if it has ended
         await asyncio.gather(sealing, return_exceptions=True)
