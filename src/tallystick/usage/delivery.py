@@ -48,7 +48,7 @@ SENDERS: tuple[Sender, ...] = ("meter_events", "meter_event_stream", "usage_reco
 PER_CLAIM: dict[Sender, int] = {"meter_events": 200, "meter_event_stream": 2000, "usage_records": 200}
 # While one claim is sent, another is written down: PostgreSQL and the calls need not wait for each other.
 CLAIMS_AT_ONCE = 2
-# Of one claim. Together they are the connections that the SDK's client keeps open; more would be opened for each call.
+# Of one claim. Two claims have far fewer than the hundred connections that are kept open; the processor is the limit.
 CALLS_AT_ONCE = 10
 STREAM_REQUESTS_AT_ONCE = 2
 
