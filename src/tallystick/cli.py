@@ -16,6 +16,7 @@ import json
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -184,14 +185,10 @@ def flush(json_: Json = False) -> None:
     """Send all usage to Stripe now: drain, seal every total, deliver what is due."""
 
     async def work(resources: Any) -> dict[str, int]:
-        from tallystick.usage.delivery import deliver_all
-        from tallystick.usage.sealing import seal_everything
+        from tallystick.usage.flush import flush
 
-        with err.status("sealing"):
-            sealed = await seal_everything(resources, datetime.now(UTC))
-        with err.status(f"sending {sealed} sealed totals to Stripe"):
-            tried = await deliver_all(resources, datetime.now(UTC))
-        return {"sealed": sealed, "tried": tried}
+        with err.status("sealing, and sending to Stripe"):
+            return asdict(await flush(resources, datetime.now(UTC)))
 
     done = with_resources(work)
     if json_:

@@ -32,7 +32,7 @@ async def open_resources(settings: Settings, *, application_name: str) -> AsyncI
     rules = RulesFile(settings.rules_file)
     engine = db.create_engine(settings, application_name=application_name)
     redis = redis_client.create_redis(settings)
-    stripe_connections = stripe_gateway.create_http_client(settings)
+    stripe_connections = stripe_gateway.Connections(settings.stripe_timeout_seconds)
     stripe = stripe_gateway.create_stripe(settings, stripe_connections)
     DATABASE_POOL_SIZE.set(settings.database_pool_size)
     DATABASE_CONNECTIONS.set_function(engine.pool.checkedout)  # type: ignore[attr-defined]  # of the pool that it has
@@ -40,6 +40,6 @@ async def open_resources(settings: Settings, *, application_name: str) -> AsyncI
         with tracing.export_spans(settings.otel_endpoint, application_name):
             yield Resources(settings, engine, redis, stripe, rules, stripe_gateway.MeterEventSession(stripe))
     finally:
-        await stripe_gateway.close(stripe_connections)
+        await stripe_connections.close_async()
         await redis.aclose()
         await engine.dispose()

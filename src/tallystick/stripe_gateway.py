@@ -1,11 +1,15 @@
-"""Stripe's SDK: one client, pinned version, its errors translated once, and the session of the meter event stream."""
+"""Stripe's SDK: one client, its connections, its errors translated once, and the session of the meter event stream."""
 
 import asyncio
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
+import aiohttp
 import stripe
 from stripe import StripeClient
 
@@ -23,29 +27,64 @@ RENEW_BEFORE_THE_END = timedelta(minutes=2)
 LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
-class TracedClient(stripe.HTTPXClient):
-    """Stripe's connections, with a span around each call: method and status only, for the path names customers."""
+class Connections(stripe.HTTPClient):
+    """What carries the SDK's calls: aiohttp, with a span around each call.
+
+    A span has the method and the status only, for the path names customers. Why not the SDK's own clients: through
+    httpx a call costs six times the processor time, and its one for aiohttp lets errors pass that come within an answer
+    (docs/decisions/0014-calls-through-aiohttp.md).
+    """
+
+    name = "aiohttp"
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(ssl=ssl.create_default_context(cafile=stripe.ca_bundle_path)),
+            # A call ends within `seconds`, whatever it waits for: leases count on that. Half of it is enough to find
+            # that no connection comes about, and then it is certain that nothing was said. Nothing is rounded up.
+            timeout=aiohttp.ClientTimeout(total=seconds, connect=seconds / 2, ceil_threshold=seconds),
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+        self._proxies: dict[tuple[str, str | None], str | None] = {}
 
     async def request_async(
-        self, method: str, url: str, headers: Mapping[str, str], post_data: Any = None
-    ) -> tuple[Any, int, Mapping[str, str]]:
+        self, method: str, url: str, headers: Mapping[str, str] | None, post_data: Any = None, **_: Any
+    ) -> tuple[bytes, int, Mapping[str, str]]:
+        """Make one call; the answer's body, status and headers. Raises `stripe.APIConnectionError`, with its cause."""
         with tracing.span("Stripe", **{"http.request.method": method.upper()}) as span:
-            answered: tuple[Any, int, Mapping[str, str]] = await super().request_async(method, url, headers, post_data)
-            span.set_attribute("http.response.status_code", answered[1])
-            return answered
+            try:
+                async with self._session.request(
+                    method, url, headers=headers, data=post_data, allow_redirects=False, proxy=self._proxy_to(url)
+                ) as answer:
+                    body = await answer.read()
+            except (aiohttp.ClientError, OSError) as error:  # a time-out is an OSError
+                raise stripe.APIConnectionError(f"No answer of Stripe: {type(error).__name__}.") from error
+            span.set_attribute("http.response.status_code", answer.status)
+            return body, answer.status, answer.headers
+
+    def _proxy_to(self, url: str) -> str | None:
+        """The proxy that the environment names for an address, if any; aiohttp would ask it anew for each call."""
+        address = urlsplit(url)
+        way = address.scheme, address.hostname
+        if way not in self._proxies:
+            proxies = {} if proxy_bypass(address.hostname or "") else getproxies()
+            self._proxies[way] = proxies.get(address.scheme, proxies.get("all"))
+        return self._proxies[way]
+
+    async def close_async(self) -> None:
+        """Close the connections."""
+        await self._session.close()
 
 
-def create_http_client(settings: Settings) -> stripe.HTTPXClient:
-    """The connections to Stripe, to be closed with `close`."""
-    return TracedClient(timeout=settings.stripe_timeout_seconds)
+def never_reached(error: stripe.APIConnectionError) -> bool:
+    """Whether a call failed before a connection was there to make it on: Stripe cannot have heard of it."""
+    return isinstance(
+        error.__cause__, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError | aiohttp.ClientHttpProxyError
+    )
 
 
-async def close(http_client: stripe.HTTPXClient) -> None:
-    """Close the connections to Stripe."""
-    await http_client.close_async()
-
-
-def create_stripe(settings: Settings, http_client: stripe.HTTPXClient) -> StripeClient:
+def create_stripe(settings: Settings, connections: Connections) -> StripeClient:
     """A client for the account of `STRIPE_API_KEY`. It does not retry: each flow decides what a retry repeats."""
     base = settings.stripe_api_base
     meter_events_base = settings.stripe_meter_events_base or (
@@ -56,7 +95,7 @@ def create_stripe(settings: Settings, http_client: stripe.HTTPXClient) -> Stripe
         stripe_version=API_VERSION,
         base_addresses={"api": base, "meter_events": meter_events_base},
         max_network_retries=0,
-        http_client=http_client,
+        http_client=connections,
     )
 
 

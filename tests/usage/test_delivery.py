@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from sqlalchemy import text
@@ -15,7 +15,7 @@ from tallystick import db
 from tallystick.resources import Resources, open_resources
 from tallystick.usage import delivery
 from tallystick.usage.agreement import LAG
-from tallystick.usage.delivery import backoff, deliver, deliver_all, lease
+from tallystick.usage.delivery import CHOOSE, backoff, deliver, deliver_all, lease
 from tallystick.usage.late import UNKNOWN_FOR_AT_MOST
 from tallystick.usage.ledger import record_events
 from tallystick.usage.meters import refresh_meters
@@ -23,7 +23,7 @@ from tallystick.usage.reconciliation import reconcile_sent
 from tallystick.usage.sealing import seal_everything
 from tallystick.usage.senders.meter_events import send_meter_events
 from tests.conftest import FakeStripe
-from tests.usage.making import METER, conservation, last_hour, make_customer, make_event, read_all, run
+from tests.usage.making import METER, conservation, last_hour, make_customer, make_event, make_meter, read_all, run
 from tests.waiting import wait_until
 
 Formula = Literal["sum", "count", "last"]
@@ -218,7 +218,7 @@ async def test_every_try_is_recorded_and_its_key_names_the_delivery(
         "  FROM usage_delivery_attempts ORDER BY attempt",
     ) == [
         (1, "retry", "rate_limit", 429, True),
-        (2, "retry", "RemoteProtocolError", None, None),
+        (2, "retry", "ServerDisconnectedError", None, None),
         (3, "sent", "repeat", 400, True),
     ]
     requests = (await fake_stripe.control.get("/_fake/requests")).json()["requests"]
@@ -324,7 +324,7 @@ async def test_what_could_not_reach_stripe_for_a_day_is_sent_afterwards_once(
         for hour in range(0, 26, 5):
             assert await deliver_all(cut_off, now + timedelta(hours=hour)) == 3
     assert await read_all(resources, "SELECT DISTINCT state, reason FROM usage_deliveries") == [
-        ("pending", "ConnectError")
+        ("pending", "ClientConnectorError")
     ]
     assert await deliver_all(resources, now + timedelta(hours=26)) == 3
     assert sorted(value for _, value in await taken_by_stripe(fake_stripe)) == [1, 2, 3]
@@ -388,6 +388,29 @@ async def test_a_long_run_goes_round_all_customers(
     rows = await read_all(resources, "SELECT customer FROM usage_deliveries ORDER BY settled_at, customer")
     customers = [row[0] for row in rows]
     assert len(set(customers[:5])) == 5, "none waits while another is served twice"
+
+
+async def test_a_claim_looks_at_what_it_takes_and_not_at_all_that_waits(resources: Resources) -> None:
+    async with db.transaction(resources.engine) as connection:
+        refs = [f"c{n}" for n in range(40)]
+        events = [make_event(ref, at=last_hour(), customer_ref=ref) for ref in refs]
+        await record_events(connection, events, accepted_already=True)
+    await make_meter(resources)
+    for ref in refs:
+        await make_customer(resources, ref=ref, customer=f"cus_{ref}")
+    await seal_everything(resources, datetime.now(UTC))
+    parameters = {"sender": "meter_events", "now": datetime.now(UTC), "limit": 3, "customer": "", "event_name": ""}
+    async with db.transaction(resources.engine) as connection:
+        # As it is planned when many wait and many are on their way: what can be joined as a whole is.
+        await connection.execute(text("SET LOCAL enable_nestloop = off"))
+        explained = await connection.execute(text(f"EXPLAIN (ANALYZE, FORMAT JSON) {CHOOSE.text}"), parameters)
+        (plan,) = explained.scalar_one()
+    walked = [node["Actual Rows"] for node in nodes_of(plan["Plan"]) if node["Node Type"] == "Recursive Union"]
+    assert walked == [3]
+
+
+def nodes_of(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    return [plan, *(node for part in plan.get("Plans", []) for node in nodes_of(part))]
 
 
 def test_the_wait_between_tries_grows_to_five_minutes() -> None:

@@ -13,12 +13,12 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-import stripe
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from tallystick import db
 from tallystick.resources import Resources
 from tallystick.rules import Rules
+from tallystick.stripe_gateway import Connections
 from tallystick.usage.buffer import claim_and_append
 from tallystick.usage.cancellations import cancel_events
 from tallystick.usage.corrections import Wanted, record_correction
@@ -69,7 +69,7 @@ class Life:
 @asynccontextmanager
 async def living(life: Life, resources: Resources) -> AsyncIterator[None]:
     """Within it, each step counts; whoever still runs when the life has ended takes none."""
-    begin, call = db.transaction, stripe.HTTPXClient.request_async
+    begin, call = db.transaction, Connections.request_async
     command: Any = resources.redis.execute_command
 
     @asynccontextmanager
@@ -93,7 +93,7 @@ async def living(life: Life, resources: Resources) -> AsyncIterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(db, "transaction", transaction)
-        patch.setattr(stripe.HTTPXClient, "request_async", request_async)
+        patch.setattr(Connections, "request_async", request_async)
         patch.setattr(resources.redis, "execute_command", execute_command)
         yield
 

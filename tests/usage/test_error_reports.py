@@ -1,12 +1,14 @@
 """What Stripe took and could not bill: noted with its webhook, fetched, and settled on the deliveries that it names."""
 
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
-import httpx
 import pytest
 from structlog.testing import capture_logs
 
 from tallystick.resources import Resources
+from tallystick.stripe_gateway import Connections
 from tallystick.usage.delivery import deliver, deliver_all
 from tallystick.usage.error_reports import fetch_error_reports, find_error_reports
 from tests.conftest import WEBHOOK_SECRET, FakeStripe
@@ -139,15 +141,12 @@ async def test_both_documented_names_of_a_samples_request_are_read(
     await make_unbillable(resources, fake_stripe)
     await report(fake_stripe)
     await find_error_reports(resources, datetime.now(UTC))
-    transport = resources.stripe._requestor._client._client_async._transport  # type: ignore[union-attr]
-    handle = transport.handle_async_request
+    call = Connections.request_async
 
-    async def rename(request: httpx.Request) -> httpx.Response:
-        response = await handle(request)
-        body = (await response.aread()).replace(b'{"identifier"', b'{"idempotency_key"')
-        headers = {name: value for name, value in response.headers.items() if name != "content-length"}
-        return httpx.Response(response.status_code, headers=headers, content=body)
+    async def rename(self: Connections, *call_of: Any, **more: Any) -> tuple[bytes, int, Mapping[str, str]]:
+        body, status, headers = await call(self, *call_of, **more)
+        return body.replace(b'{"identifier"', b'{"idempotency_key"'), status, headers
 
-    monkeypatch.setattr(transport, "handle_async_request", rename)
+    monkeypatch.setattr(Connections, "request_async", rename)
     await fetch_error_reports(resources, datetime.now(UTC))
     assert await read_all(resources, STATES) == REPORTED

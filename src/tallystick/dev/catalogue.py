@@ -3,7 +3,7 @@
 from stripe import StripeClient
 
 from tallystick.config import Settings
-from tallystick.stripe_gateway import close, create_http_client, create_stripe
+from tallystick.stripe_gateway import Connections, create_stripe
 
 METER = "api_requests"
 CUSTOMERS = ("acme", "globex", "initech")
@@ -28,7 +28,7 @@ async def create_plan(stripe: StripeClient) -> str:
 
 async def create_catalogue(settings: Settings) -> None:
     """Make the meter, product, price, customers and subscriptions; nothing when they are there already."""
-    connections = create_http_client(settings)
+    connections = Connections(settings.stripe_timeout_seconds)
     try:
         stripe = create_stripe(settings, connections)
         if (await stripe.v1.billing.meters.list_async({"limit": 1})).data:
@@ -44,4 +44,4 @@ async def create_catalogue(settings: Settings) -> None:
             )
             await stripe.v1.subscriptions.create_async({"customer": customer.id, "items": [{"price": price}]})
     finally:
-        await close(connections)
+        await connections.close_async()

@@ -14,10 +14,9 @@ from tallystick.usage.parts import Total
 
 FIND_CUTS = text("""
     SELECT t.id, b.at
-      FROM usage_totals t
-      JOIN customer_references r ON r.ref = t.customer_ref
-      JOIN period_boundaries b ON b.customer = r.customer AND b.at > t.bucket_start AND b.at < t.bucket_end
-     WHERE t.id = ANY(:totals)
+      FROM unnest(CAST(:totals AS bigint[]), CAST(:customers AS text[]), CAST(:starts AS timestamptz[]),
+                  CAST(:ends AS timestamptz[])) AS t(id, customer, bucket_start, bucket_end)
+      JOIN period_boundaries b ON b.customer = t.customer AND b.at > t.bucket_start AND b.at < t.bucket_end
      ORDER BY t.id, b.at DESC
 """)
 
@@ -45,7 +44,13 @@ MOVE_EVENTS = text("""
 
 async def cut_totals(connection: AsyncConnection, totals: Sequence[Total], rules: Mapping[str, MeterRules]) -> bool:
     """Cut locked totals at boundaries that were learnt after their buckets were opened; whether there were any."""
-    cuts = (await connection.execute(FIND_CUTS, {"totals": [total.id for total in totals]})).all()
+    buckets = {
+        "totals": [total.id for total in totals],
+        "customers": [total.customer for total in totals],
+        "starts": [total.bucket_start for total in totals],
+        "ends": [total.bucket_end for total in totals],
+    }
+    cuts = (await connection.execute(FIND_CUTS, buckets)).all()
     by_id = {total.id: total for total in totals}
     changed: dict[int, str] = {}
     for total_id, at in cuts:

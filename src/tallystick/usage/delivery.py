@@ -48,7 +48,7 @@ SENDERS: tuple[Sender, ...] = ("meter_events", "meter_event_stream", "usage_reco
 PER_CLAIM: dict[Sender, int] = {"meter_events": 200, "meter_event_stream": 2000, "usage_records": 200}
 # While one claim is sent, another is written down: PostgreSQL and the calls need not wait for each other.
 CLAIMS_AT_ONCE = 2
-# Of one claim. Together they are the connections that the SDK's client keeps open; more would be opened for each call.
+# Of one claim. Two claims have far fewer than the hundred connections that are kept open; the processor is the limit.
 CALLS_AT_ONCE = 10
 STREAM_REQUESTS_AT_ONCE = 2
 
@@ -82,6 +82,8 @@ FIND_SENDERS = text("""
 
 # First what a dead worker left, then the oldest due delivery of each customer and meter that has none on its way. The
 # recursion goes from one customer and meter to the next by index, so it costs what it finds, and not what waits.
+# Whether one is on its way is asked inside, pair by pair: outside, all pairs that wait would be found first, to be
+# joined.
 CHOOSE = text("""
     WITH RECURSIVE pairs AS (
         (SELECT customer, event_name FROM usage_deliveries
@@ -105,9 +107,9 @@ CHOOSE = text("""
            SELECT id FROM usage_deliveries
             WHERE state = 'pending' AND sender = :sender AND customer = p.customer AND event_name = p.event_name
               AND next_attempt_at <= :now
+              AND NOT EXISTS (SELECT FROM usage_deliveries o
+                               WHERE o.customer = p.customer AND o.event_name = p.event_name AND o.state = 'sending')
             ORDER BY next_attempt_at, id LIMIT 1) d
-     WHERE NOT EXISTS (SELECT FROM usage_deliveries o
-                        WHERE o.customer = p.customer AND o.event_name = p.event_name AND o.state = 'sending')
      LIMIT :limit
 """)
 

@@ -36,7 +36,9 @@ from tallystick.usage.meters import read_meters
 from tallystick.usage.parking import announce_parked
 from tallystick.usage.parts import COUNTED_PER_SEAL, STRIPE_MAX_AGE, Part, Total, list_parts
 
-TOTALS_PER_TRANSACTION = 500
+# Each transaction looks through all totals that are due, so few are better; but a running value takes a lock for each
+# customer and meter, of which PostgreSQL has room for some thousands, and the drain waits for what is locked.
+TOTALS_PER_TRANSACTION = 1000
 
 # Usage of an hour that has just ended may still be on its way through Redis.
 SETTLE = timedelta(seconds=60)

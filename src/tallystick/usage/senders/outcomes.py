@@ -4,10 +4,9 @@ import secrets
 from dataclasses import dataclass
 from typing import Literal
 
-import httpx
 import stripe
 
-from tallystick.stripe_gateway import error_code, request_id
+from tallystick.stripe_gateway import error_code, never_reached, request_id
 
 ALREADY_SENT = "already exists with identifier"
 
@@ -50,8 +49,7 @@ def read_outcome(error: stripe.StripeError) -> Outcome:
     status, answered = error.http_status, request_id(error)
     reason = error_code(error) or type(error).__name__
     if isinstance(error, stripe.APIConnectionError):
-        never_connected = isinstance(error.__cause__, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
-        return Outcome("retry", type(error.__cause__ or error).__name__, unknown=not never_connected)
+        return Outcome("retry", type(error.__cause__ or error).__name__, unknown=not never_reached(error))
     if status == 400 and ALREADY_SENT in str(error.user_message or error):
         return Outcome("sent", "repeat", http_status=status, request_id=answered)
     if status is None or status >= 500 or status == 409:
