@@ -10,12 +10,12 @@
 No order between objects is assumed: an invoice may come before its customer and a subscription before its prices.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Literal
 
+import msgspec
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -31,7 +31,6 @@ from tallystick.mirror.changes import (
 from tallystick.mirror.marks import NEVER
 from tallystick.mirror.statements import (
     ADD_BOUNDARIES,
-    ADD_PERIODS,
     DELETE_OTHER_ENTITLEMENTS,
     ENTOMB,
     FIND_ACCOUNTS,
@@ -121,7 +120,7 @@ async def lock_customers(connection: AsyncConnection, customers: Iterable[str] |
     accounts = customers if isinstance(customers, Mapping) else dict.fromkeys(customers, "")
     rows = [{"id": customer, "account": accounts[customer]} for customer in sorted(accounts)]
     if rows:
-        await connection.execute(LOCK_CUSTOMERS, {"rows": json.dumps(rows)})
+        await connection.execute(LOCK_CUSTOMERS, {"rows": _dump(rows)})
 
 
 async def overwrite(connection: AsyncConnection, change: AnyChange, version: str) -> Applied | None:
@@ -300,9 +299,7 @@ async def _add_boundaries(connection: AsyncConnection, changes: Iterable[AnyChan
     boundaries = {(customer, at) for change in changes for customer, at in _boundaries_of(change) if at is not None}
     if boundaries:
         rows = [{"customer": customer, "at": at} for customer, at in sorted(boundaries)]
-        await connection.execute(ADD_BOUNDARIES, {"rows": _dump(rows)})
-    if periods := _periods_of(changes):
-        await connection.execute(ADD_PERIODS, {"rows": _dump(periods)})
+        await connection.execute(ADD_BOUNDARIES, {"rows": _dump(rows), "periods": _dump(_periods_of(changes))})
 
 
 def _periods_of(changes: Iterable[AnyChange]) -> list[dict[str, Any]]:
@@ -367,7 +364,7 @@ def _rows(changes: Iterable[AnyChange]) -> str:
         {name: getattr(change, name) for name in ("id", *TABLES[type(change)][1], "needs_refresh", "account")}
         | {
             "deleted": change.mark.deleted,
-            "mark_created": change.mark.created,
+            "mark_created": change.mark.created if change.mark.created != NEVER else "-infinity",
             "mark_rank": change.mark.rank,
             "mark_event": change.mark.event,
         }
@@ -376,9 +373,4 @@ def _rows(changes: Iterable[AnyChange]) -> str:
 
 
 def _dump(rows: Iterable[Mapping[str, object]]) -> str:
-    return json.dumps(list(rows), default=_instant)
-
-
-def _instant(value: object) -> str:
-    assert isinstance(value, datetime)
-    return "-infinity" if value == NEVER else value.isoformat()
+    return msgspec.json.encode(list(rows)).decode()

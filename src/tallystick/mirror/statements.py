@@ -136,22 +136,22 @@ DELETE_OTHER_ENTITLEMENTS = text("""
      WHERE customer = ANY(:customers) AND NOT deleted AND NOT id = ANY(:listed)
 """)
 
+# Of a period the furthest end that was told: in whatever order events come, the same row. An anchor that moves begins a
+# new period, and that one's start ends this one (see the view `metered_periods`).
 ADD_BOUNDARIES = text("""
+    WITH periods AS (
+        INSERT INTO billing_periods AS t (item, price, period_start, period_end, subscription, customer)
+        SELECT item, price, period_start, period_end, subscription, customer
+          FROM json_to_recordset(CAST(:periods AS json))
+            AS r(item text, price text, period_start timestamptz, period_end timestamptz, subscription text,
+                 customer text)
+         ORDER BY item, price, period_start
+        ON CONFLICT (item, price, period_start) DO UPDATE SET period_end = greatest(t.period_end, excluded.period_end)
+         WHERE t.period_end < excluded.period_end
+    )
     INSERT INTO period_boundaries (customer, at)
     SELECT * FROM json_to_recordset(CAST(:rows AS json)) AS r(customer text, at timestamptz) ORDER BY customer, at
     ON CONFLICT DO NOTHING
-""")
-
-# The furthest end that was told: in whatever order events come, the same row. An anchor that moves begins a new period,
-# and that one's start ends this one (see the view `metered_periods`).
-ADD_PERIODS = text("""
-    INSERT INTO billing_periods AS t (item, price, period_start, period_end, subscription, customer)
-    SELECT * FROM json_to_recordset(CAST(:rows AS json))
-               AS r(item text, price text, period_start timestamptz, period_end timestamptz, subscription text,
-                    customer text)
-     ORDER BY item, price, period_start
-    ON CONFLICT (item, price, period_start) DO UPDATE SET period_end = greatest(t.period_end, excluded.period_end)
-     WHERE t.period_end < excluded.period_end
 """)
 
 MERGE_PAYMENT_FAILURES = text("""

@@ -8,6 +8,7 @@ An endpoint's `api_version` shapes its payloads, not the SDK in use. The fields 
 Both places are read. Wherever an id is expected there may be the expanded object instead.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -33,6 +34,7 @@ from tallystick.mirror.marks import CREATED, FINAL, STUB, UPDATED, Mark
 # fit into an index.
 MAX_TEXT = 255
 MAX_REFERENCE = 100
+UNUSABLE = re.compile("[\x00\ud800-\udfff]")
 
 # The last whole second that a datetime can hold.
 MAX_TIMESTAMP = int(datetime.max.replace(tzinfo=UTC, microsecond=0).timestamp())
@@ -164,9 +166,9 @@ def _of_account(change: AnyChange, account: str) -> AnyChange:
 
 def text(value: object, max_length: int = MAX_TEXT) -> str | None:
     """A string that PostgreSQL can keep, else None: not empty, not too long, without NUL or half of a character."""
-    if not isinstance(value, str) or not 0 < len(value) <= max_length or "\x00" in value:
+    if not isinstance(value, str) or not 0 < len(value) <= max_length or UNUSABLE.search(value):
         return None
-    return None if any("\ud800" <= character <= "\udfff" for character in value) else value
+    return value
 
 
 def instant(value: object) -> datetime | None:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import stripe
@@ -111,6 +112,7 @@ def is_served(event: StripeEvent, endpoint: Endpoint, *, livemode: bool) -> bool
     return event.livemode is livemode and endpoint.account in (EVERY_CONNECTED_ACCOUNT, event.account)
 
 
+@lru_cache(maxsize=100)
 def fingerprint(secret: SecretStr) -> str:
     """What a secret is called in the metrics: enough to tell it from the others, and no help in guessing it."""
     return hashlib.sha256(secret.get_secret_value().encode()).hexdigest()[:8]
