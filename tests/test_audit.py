@@ -58,6 +58,30 @@ async def test_what_is_pinned_is_asked_for_and_advisories_fail_the_run(
     assert said.startswith("pyjwt 1.0.0: X-1\n")
 
 
+@pytest.mark.parametrize(
+    ("entry", "code", "said"),
+    [
+        ('id = "X-1"\nreason = "not used here"\nuntil = 9999-12-31', 0, "audit: 1 pins, 0 with advisories.\n"),
+        ('id = "X-1"\nreason = "not used here"\nuntil = 2020-01-01', 1, "pyjwt 1.0.0: X-1\n"),
+        ('id = "X-2"\nreason = "not used here"\nuntil = 9999-12-31', 1, "pyjwt 1.0.0: X-1\n"),
+        ('id = "X-1"\nreason = " "\nuntil = 9999-12-31', 1, "audit: accepted.toml: an entry needs id, reason"),
+        ('id = "X-1"\nreason = "for ever"', 1, "audit: accepted.toml: an entry needs id, reason"),
+    ],
+    ids=["accepted", "expired", "another", "no reason", "no day"],
+)
+async def test_an_advisory_is_accepted_by_name_with_a_reason_and_until_a_day(
+    project_root: Path, database: str, tmp_path: Path, entry: str, code: int, said: str
+) -> None:
+    pins, accepted = tmp_path / "dev.txt", tmp_path / "accepted.toml"
+    pins.write_text("==".join(VULNERABLE) + "\n")
+    accepted.write_text(f"[[accepted]]\n{entry}\n")
+    ended = await audit(
+        project_root, "--database", f"{database}/query", "--pins", str(pins), "--accepted", str(accepted)
+    )
+    assert ended[0] == code
+    assert ended[1].startswith(said)
+
+
 async def test_a_database_that_cannot_be_read_is_said_aloud_and_stops_nobody(project_root: Path, database: str) -> None:
     for address in ("http://127.0.0.1:1/query", f"{database}/broken", f"{database}/strange"):
         code, said = await audit(project_root, "--database", address)

@@ -86,7 +86,7 @@ def list_(json_: Json = False) -> None:
             key["id"],
             key["name"],
             key["source"],
-            " ".join(key["scopes"]),
+            "\n".join(key["scopes"]),  # a name that is cut in two cannot be read either
             f"{key['limit_per_second']}/s" if key["limit_per_second"] else "none",
             _minute(key["last_used_at"]) if key["last_used_at"] else "never",
             _state(key),
