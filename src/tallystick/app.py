@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import structlog
@@ -14,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from tallystick import __version__, health
+from tallystick import __version__, db, health
 from tallystick.access import links as access_links
 from tallystick.access import routes as access_routes
 from tallystick.auth import KeyCache
@@ -30,13 +31,15 @@ from tallystick.observer import Observer
 from tallystick.openapi import describe_plain_routes
 from tallystick.plain_routes import PlainRoutes
 from tallystick.portal import sessions as portal_sessions
+from tallystick.redis_client import REDIS_ERRORS
 from tallystick.reference import reference_route
-from tallystick.resources import open_resources
+from tallystick.resources import Resources, open_resources
 from tallystick.usage import correction_routes, parked_routes, quota
 from tallystick.usage import routes as usage_routes
 from tallystick.usage.buffer import Buffer
 from tallystick.usage.ingest import Breaker, receive_usage
 from tallystick.usage.meters import MeterCache
+from tallystick.usage.restored import compare_marks
 from tallystick.webhooks import routes as webhook_routes
 from tallystick.webhooks.inbox import Inbox, receive_webhook
 
@@ -62,6 +65,7 @@ def create_app(settings: Settings) -> FastAPI:
             app.state.meters = MeterCache()
             app.state.breaker = Breaker()
             app.state.buffer = Buffer(resources.redis, settings)
+            await notice_restore(resources)
             app.state.inbox = Inbox(resources)
             await app.state.inbox.start()
             try:
@@ -118,6 +122,14 @@ def create_app(settings: Settings) -> FastAPI:
 
     app.build_middleware_stack = build_around  # type: ignore[method-assign]
     return app
+
+
+async def notice_restore(resources: Resources) -> None:
+    """Before the first request: a restored PostgreSQL must not have repeats of what it has lost called duplicates."""
+    try:
+        await compare_marks(resources, datetime.now(UTC))
+    except (*db.STORAGE_ERRORS, *REDIS_ERRORS) as error:
+        log.warning("marks_not_compared", error=type(error).__name__)  # a part is away; the worker compares later
 
 
 async def answer_error(request: Request, error: Exception) -> Response:

@@ -114,6 +114,11 @@ DELIVERIES_BY_STATE = Gauge(
     ["state"],
     registry=REGISTRY,
 )
+DATABASE_RESTORED = Counter(
+    "tallystick_database_restored",
+    "How often PostgreSQL was found to be older than what Redis remembers, and the ids in Redis were forgotten.",
+    registry=REGISTRY,
+)
 CONSERVATION_DIFFERENCE = Gauge(
     "tallystick_conservation_difference",
     "Quantity in the ledger minus quantity in all named states; anything but 0 is a bug.",

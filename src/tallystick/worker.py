@@ -25,6 +25,7 @@ from tallystick.usage.late import check_finalized
 from tallystick.usage.meters import refresh_meters, warn_of_unfit_meters
 from tallystick.usage.partitions import keep_partitions
 from tallystick.usage.reconciliation import reconcile_sent
+from tallystick.usage.restored import compare_marks
 from tallystick.usage.sealing import answer_seal_requests, seal_due
 from tallystick.usage.thresholds import announce_thresholds
 from tallystick.webhooks.recovery import recover_events
@@ -70,6 +71,7 @@ LOOPS = (
     Loop("queues", 15, measure_queues),
     Loop("notification_queues", 15, measure_notifications),
     Loop("notification_retention", 3600, retire_notifications),
+    Loop("restored", 60, compare_marks),
     Loop("conservation", 900, check_conservation),
     Loop("reconcile", 10, reconcile_sent),
     Loop("periods", 60, measure_periods),

@@ -150,8 +150,8 @@ async def prepare(machine: Machine) -> str:
 async def compare_loads(folder: Path, step: Callable[[str, float], None]) -> dict[str, Any]:
     """Half load against overload, in turns within one run: `python -m tests.faults --load`.
 
-    Good is: what is accepted at overload has a 99th percentile of at most five times that at half load, by the medians of
-    the turns, and whoever is refused is told when to come again.
+    Good is: what is accepted at overload has a 99th percentile of at most five times that at half load, by the medians
+    of the turns, and whoever is refused is told when to come again.
     """
     async with open_machine(folder, apis=1, workers=1) as machine:
         key = await prepare(machine)

@@ -336,6 +336,12 @@ async def measure_ids(redis: Redis) -> tuple[int, int]:
     return size, number
 
 
+async def forget_ids(redis: Redis) -> int:
+    """Forget all claimed ids; how many generations there were. What waits for the ledger stays."""
+    keys = [key async for key in redis.scan_iter(match=f"{IDS}:*", count=1_000)]
+    return int(await redis.unlink(*keys)) if keys else 0
+
+
 async def buffered_bytes(redis: Redis) -> int:
     """How much is waiting for the ledger."""
     return int(await redis.get(BYTES) or 0)
