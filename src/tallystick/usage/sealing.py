@@ -16,13 +16,13 @@ of one quantity: the number and the quantity move together in one transaction.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Literal
 
-from sqlalchemy import text
+from sqlalchemy import TextClause, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tallystick import db
@@ -36,9 +36,11 @@ from tallystick.usage.meters import read_meters
 from tallystick.usage.parking import announce_parked
 from tallystick.usage.parts import COUNTED_PER_SEAL, STRIPE_MAX_AGE, Part, Total, list_parts
 
-# Each transaction looks through all totals that are due, so few are better; but a running value takes a lock for each
-# customer and meter, of which PostgreSQL has room for some thousands, and the drain waits for what is locked.
-TOTALS_PER_TRANSACTION = 1000
+# To find what is due costs a look at all that is open, so it is done once for many; it is sealed in transactions of a
+# bounded size: a running value takes a lock for each customer and meter, of which PostgreSQL has room for some
+# thousands, and the drain waits for what is locked.
+FOUND_AT_ONCE = 50_000
+TOTALS_PER_TRANSACTION = 1_000
 
 # Usage of an hour that has just ended may still be on its way through Redis.
 SETTLE = timedelta(seconds=60)
@@ -51,18 +53,22 @@ RECORDS_EVERY = timedelta(seconds=60)
 # A total without a linked customer or without a meter that it fits stays open. One whose customer has no subscription
 # waits a while for it: the subscription's start may cut the bucket, and without one there is no invoice to be in time
 # for.
-SELECT_DUE = """
-    SELECT t.id, t.customer_ref, t.meter, t.bucket_start, t.bucket_end, t.aggregation, t.quantity,
-           t.quantity - t.sealed AS unsealed, t.events - t.sealed_events AS unsealed_events, t.seal, r.customer
+DUE = """
       FROM usage_totals t
       JOIN customer_references r ON r.ref = t.customer_ref
       JOIN unnest(CAST(:meters AS text[]), CAST(:formulas AS text[])) AS m(meter, formula)
         ON m.meter = t.meter
        AND m.formula = CASE WHEN t.aggregation IN ('max', 'unique_count') THEN 'last' ELSE t.aggregation END
      WHERE t.events <> t.sealed_events AND ({due})
+"""
+FIND_DUE = f"SELECT t.id {DUE} ORDER BY t.customer_ref, t.meter, t.bucket_start LIMIT :limit"
+# Another worker may have sealed some of them meanwhile.
+LOCK_DUE = f"""
+    SELECT t.id, t.customer_ref, t.meter, t.bucket_start, t.bucket_end, t.aggregation, t.quantity,
+           t.quantity - t.sealed AS unsealed, t.events - t.sealed_events AS unsealed_events, t.seal, r.customer
+    {DUE} AND t.id = ANY(:ids)
      ORDER BY t.customer_ref, t.meter, t.bucket_start
-     LIMIT :limit
-       FOR UPDATE OF t {locked}
+       FOR UPDATE OF t {{locked}}
 """
 
 DUE_BY_TIME = """
@@ -185,9 +191,24 @@ async def _seal_all(
     while more:
         async with db.transaction(resources.engine) as connection:
             routes = await _find_routes(connection, rules, resources.settings.sender)
-            count, more = await _seal_some(connection, now, due, parameters, locked, routes, rules)
-        sealed += count
+            asked = {"meters": list(routes), "formulas": [route.formula for route in routes.values()], **parameters}
+            found = await connection.scalars(text(FIND_DUE.format(due=due)), asked | {"limit": FOUND_AT_ONCE})
+            ids = list(found)
+        lock = text(LOCK_DUE.format(due=due, locked=locked))
+        before, more = sealed, False
+        for some in batched(ids, TOTALS_PER_TRANSACTION):
+            async with db.transaction(resources.engine) as connection:
+                count, again = await _seal_some(connection, now, lock, asked | {"ids": list(some)}, routes, rules)
+            sealed += count
+            more |= again
+        # Of what is sealed by another worker just now, that one takes care.
+        more |= sealed > before and len(ids) == FOUND_AT_ONCE
     return sealed
+
+
+def batched(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """The ids in their order, at most `size` at a time."""
+    return (ids[at : at + size] for at in range(0, len(ids), size))
 
 
 async def _find_routes(
@@ -209,28 +230,19 @@ async def _find_routes(
 async def _seal_some(
     connection: AsyncConnection,
     now: datetime,
-    due: str,
-    parameters: dict[str, object],
-    locked: str,
+    lock: TextClause,
+    asked: Mapping[str, object],
     routes: Mapping[str, Route],
     rules: Mapping[str, MeterRules],
 ) -> tuple[int, bool]:
-    """Seal some totals; how many, and whether there may be more to seal."""
-    rows = await connection.execute(
-        text(SELECT_DUE.format(due=due, locked=locked)),
-        {
-            "meters": list(routes),
-            "formulas": [route.formula for route in routes.values()],
-            "limit": TOTALS_PER_TRANSACTION,
-            **parameters,
-        },
-    )
-    totals = [Total(*row) for row in rows]
+    """Seal some totals; how many, and whether there is more to find: pieces that were cut off, or what stayed open."""
+    totals = [Total(*row) for row in await connection.execute(lock, asked)]
     if not totals:
         return 0, False
     if await cut_totals(connection, totals, rules):
-        # The locked rows have changed; what was cut off may not be due yet. They stay locked, so this ends.
-        return await _seal_some(connection, now, due, parameters, locked, routes, rules)
+        # The locked rows have changed, and may not be due any more. They stay locked, so this ends.
+        count, _ = await _seal_some(connection, now, lock, asked, routes, rules)
+        return count, True
     installation = str(await connection.scalar(text("SELECT id FROM installation")))
     parts = await list_parts(connection, totals, now)
     deliveries = [_delivery(installation, part, routes[part.total.meter], now) for part in parts]
@@ -239,7 +251,7 @@ async def _seal_some(
     seals = _close(parts)
     await connection.execute(CLOSE_SEALS, {"rows": json.dumps(list(seals.values())), "now": now})
     left_open = sum(total.unsealed_events for total in totals) > sum(part.events for part in parts)
-    return len(seals), bool(parts) and (left_open or len(totals) == TOTALS_PER_TRANSACTION)
+    return len(seals), bool(parts) and left_open
 
 
 def _close(parts: list[Part]) -> dict[int, dict[str, object]]:
