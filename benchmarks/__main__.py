@@ -1,7 +1,6 @@
 """`python -m benchmarks NAME`: measure, compare with a yardstick in the same run, and check that nothing is missing."""
 
 import argparse
-import asyncio
 import json
 import sys
 from collections.abc import Awaitable, Callable
@@ -21,6 +20,7 @@ from benchmarks.report import CheckFailed, Report, print_reports
 from benchmarks.rig import Rig, open_rig
 from benchmarks.usage import measure_batch, measure_single, measure_sustained
 from benchmarks.webhooks import measure_webhooks
+from tallystick.terminal import run_async
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def main() -> None:
     console = Console(stderr=True)
     names = list(BENCHMARKS) if arguments.name == "all" else [arguments.name]
     try:
-        reports = [asyncio.run(run_benchmark(name, arguments, console)) for name in names]
+        reports = [run_async(run_benchmark(name, arguments, console)) for name in names]
     except (CheckFailed, WrongAnswer) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     if arguments.json:

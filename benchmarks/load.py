@@ -53,8 +53,8 @@ async def put_load(port: int, requests: Sequence[bytes], *, connections: int, ch
     ]
     started = perf_counter_ns()
     try:
-        for _, connection in opened:
-            connection.send_next()
+        for transport, connection in opened:
+            connection.begin(transport)
         await work.done
     finally:
         took = perf_counter_ns() - started
@@ -89,9 +89,10 @@ class _Connection(asyncio.Protocol):
         self._index = -1
         self._sent_at = 0
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def begin(self, transport: asyncio.Transport) -> None:
+        """Send the first request. uvloop may return a connection before it calls `connection_made`."""
         self._transport = transport
+        self.send_next()
 
     def send_next(self) -> None:
         self._index, request = next(self._work.waiting, (-1, b""))

@@ -27,7 +27,7 @@ from tallystick.access.commands import app as access
 from tallystick.errors import TallystickError
 from tallystick.keys import app as keys
 from tallystick.notifications.commands import app as notifications
-from tallystick.terminal import Json, err, fail, out, with_resources
+from tallystick.terminal import Json, err, fail, out, run_async, with_resources
 from tallystick.usage.commands import app as parked
 from tallystick.usage.correction_commands import app as corrections
 from tallystick.usage.reports import app as reports
@@ -79,7 +79,7 @@ def demo(
     """Play a month of business on embedded parts and prove that every invoice equals what was accepted."""
     from tallystick.dev.demo import play_month
 
-    report = asyncio.run(play_month(seed=seed, customers=customers, console=err))
+    report = run_async(play_month(seed=seed, customers=customers, console=err))
     if json_:
         out.print_json(json.dumps(report.as_json()))
     else:
@@ -203,7 +203,7 @@ def doctor(json_: Json = False) -> None:
     from tallystick.doctor import examine
 
     with err.status("examining"):
-        findings = asyncio.run(examine())
+        findings = run_async(examine())
     if json_:
         out.print_json(json.dumps([finding.as_json() for finding in findings]))
     else:
@@ -235,4 +235,4 @@ def _run_until_signal(work: Callable[[asyncio.Event], Awaitable[None]]) -> None:
             loop.add_signal_handler(number, stop.set)
         await work(stop)
 
-    asyncio.run(call())
+    run_async(call())

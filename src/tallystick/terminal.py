@@ -30,6 +30,14 @@ def fail(message: str) -> NoReturn:
     sys.exit(1)
 
 
+def run_async(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end, on the event loop that the service runs on: much quicker than Python's own."""
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)
+
+
 def with_resources(work: Callable[[Resources], Coroutine[Any, Any, T]]) -> T:
     """Run a command's work over open resources; storage and Stripe errors end in one line."""
     # Imported when a command runs: `--help` needs none of them, and together they take a second.
@@ -46,7 +54,7 @@ def with_resources(work: Callable[[Resources], Coroutine[Any, Any, T]]) -> T:
 
     try:
         with only_warnings_logged():
-            return asyncio.run(call())
+            return run_async(call())
     except (*db.STORAGE_ERRORS, *REDIS_ERRORS, *stripe_gateway.STRIPE_ERRORS) as error:
         fail(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
 

@@ -14,7 +14,6 @@ customer and meter one delivery is on its way at a time, whichever sender it has
 """
 
 import asyncio
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from decimal import Decimal
 from time import monotonic
 from typing import Literal, NamedTuple
 
+import msgspec
 import structlog
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -340,7 +340,9 @@ async def _settle(
                 "request_id": outcome.request_id,
             }
         )
-    written = await connection.execute(SETTLE, {"rows": json.dumps(rows), "at": at, "settled_at": settled_at})
+    written = await connection.execute(
+        SETTLE, {"rows": msgspec.json.encode(rows).decode(), "at": at, "settled_at": settled_at}
+    )
     settled = written.mappings().all()
     await announce_parked(connection, [row for row in settled if row["state"] == "parked"])
     first = {delivery.id: delivery.unknown_before or at for delivery in claimed}

@@ -15,13 +15,13 @@ of one quantity: the number and the quantity move together in one transaction.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Literal
 
+import msgspec
 from sqlalchemy import TextClause, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -246,10 +246,10 @@ async def _seal_some(
     installation = str(await connection.scalar(text("SELECT id FROM installation")))
     parts = await list_parts(connection, totals, now)
     deliveries = [_delivery(installation, part, routes[part.total.meter], now) for part in parts]
-    await connection.execute(INSERT_DELIVERIES, {"rows": json.dumps(deliveries), "now": now})
+    await connection.execute(INSERT_DELIVERIES, {"rows": msgspec.json.encode(deliveries).decode(), "now": now})
     await announce_parked(connection, [delivery for delivery in deliveries if delivery["state"] == "parked"])
     seals = _close(parts)
-    await connection.execute(CLOSE_SEALS, {"rows": json.dumps(list(seals.values())), "now": now})
+    await connection.execute(CLOSE_SEALS, {"rows": msgspec.json.encode(list(seals.values())).decode(), "now": now})
     left_open = sum(total.unsealed_events for total in totals) > sum(part.events for part in parts)
     return len(seals), bool(parts) and left_open
 
