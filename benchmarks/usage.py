@@ -24,8 +24,8 @@ BATCH = 100
 BATCH_CONNECTIONS = 8
 SINGLE_CONNECTIONS = 32
 
-# What may wait in Valkey before the load pauses: some 30,000 events, below a second of work, so that it cannot grow.
-MOST_WAITING_BYTES = 4 * 1024 * 1024
+# What may wait in Valkey before the load pauses: some 40,000 events, a second of work, so that it cannot grow.
+MOST_WAITING_BYTES = 6 * 1024 * 1024
 # Requests between two looks at what waits.
 REQUESTS_A_LOOK = 32
 PROBE_EVERY_SECONDS = 0.5
