@@ -148,7 +148,7 @@ async def test_every_line_of_a_process_is_json(
         await wait_until(ready)
     finally:
         process.send_signal(signal.SIGTERM)
-        await asyncio.to_thread(process.wait, 20)
+        await asyncio.to_thread(process.wait, 30)  # a loop that waits for Stripe is cut short after 20
     written = [json.loads(line) for line in log.read_text().splitlines()]
     assert process.returncode in (0, -signal.SIGTERM)
     assert all(line.keys() >= {"event", "level", "timestamp"} for line in written)
