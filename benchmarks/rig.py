@@ -26,6 +26,9 @@ from tallystick.usage.conservation import count_conservation
 from tallystick.usage.drain import drain
 
 METER = "benchmark_calls"
+# As for a machine with a few gigabytes to spare (docs/operations.md#sizing): the keys of the day that is being written
+# fit into memory, and checkpoints are minutes apart. PostgreSQL's own defaults are for the smallest machines.
+POSTGRES_SETTINGS = {"shared_buffers": "1GB", "max_wal_size": "8GB"}
 BARE = "bare server"
 
 COUNT_EVENTS = text("SELECT count(*), coalesce(sum(value), 0) FROM usage_events WHERE source = :source")
@@ -138,7 +141,9 @@ async def open_rig(
     with tempfile.TemporaryDirectory(prefix="tallystick-benchmark-") as folder:
         ports = {"api": 0, "fake-stripe": 0}
         async with (
-            open_stack(Path(folder), ports=ports, console=console, embedded_only=True) as stack,
+            open_stack(
+                Path(folder), ports=ports, console=console, embedded_only=True, postgres_settings=POSTGRES_SETTINGS
+            ) as stack,
             open_resources(stack.settings(), application_name="benchmarks") as resources,
         ):
             # A drain beside what is measured would be measured too; those that want the worker start it again.

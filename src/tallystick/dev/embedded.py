@@ -10,7 +10,9 @@ import shutil
 import signal
 import socket
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from tallystick.dev.server_process import (
     ENVIRONMENT,
@@ -56,6 +58,13 @@ class EmbeddedPostgres(ServerProcess):
 
     name = "PostgreSQL"
     stop_signal = signal.SIGINT  # 'fast shutdown': cuts the connections, writes everything out
+
+    def __init__(
+        self, data_dir: Path, port: int = 0, *, durable: bool = True, settings: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """As every embedded server; `settings` of PostgreSQL's own come on top of those here."""
+        super().__init__(data_dir, port, durable=durable)
+        self.settings = settings
 
     @property
     def url(self) -> str:
@@ -131,7 +140,9 @@ class EmbeddedPostgres(ServerProcess):
 
     def _command(self) -> list[str]:
         self._remove_stale_pid_file()
-        settings = POSTGRES_SETTINGS | (POSTGRES_DURABLE if self.durable else POSTGRES_NOT_DURABLE)
+        settings = (
+            POSTGRES_SETTINGS | (POSTGRES_DURABLE if self.durable else POSTGRES_NOT_DURABLE) | dict(self.settings)
+        )
         options = [f"--{name}={value}" for name, value in settings.items()]
         return [str(self._programs / "postgres"), "-D", str(self.data_dir), "-p", str(self.port), *options]
 

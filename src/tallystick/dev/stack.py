@@ -16,6 +16,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 
 import httpx
 from rich.console import Console
@@ -125,12 +126,18 @@ class Stack:
 
 @asynccontextmanager
 async def open_stack(
-    data: Path, *, ports: Mapping[str, int], console: Console, embedded_only: bool = False
+    data: Path,
+    *,
+    ports: Mapping[str, int],
+    console: Console,
+    embedded_only: bool = False,
+    postgres_settings: Mapping[str, str] = MappingProxyType({}),
 ) -> AsyncIterator[Stack]:
     """Start every part, in order; stop them all, in the opposite order, whatever happens in between.
 
     `ports`: `api` and `fake-stripe`; 0 chooses a free one. What the environment already names (DATABASE_URL, REDIS_URL,
-    STRIPE_API_KEY) is used instead of an embedded part, unless `embedded_only`.
+    STRIPE_API_KEY) is used instead of an embedded part, unless `embedded_only`. `postgres_settings` are PostgreSQL's
+    own, for the embedded one.
     """
     given = {} if embedded_only else dict(os.environ)
     (data / "logs").mkdir(parents=True, exist_ok=True)
@@ -142,7 +149,7 @@ async def open_stack(
     async with AsyncExitStack() as parts:
         stack = Stack(data, environment, None, None)
         with console.status("starting PostgreSQL and Valkey"):
-            await _start_stores(stack, parts, given)
+            await _start_stores(stack, parts, given, postgres_settings)
         parts.push_async_callback(stack.stop_processes)
         if given.get("STRIPE_API_KEY"):
             environment |= {name: given[name] for name in given if name.startswith("STRIPE_")}
@@ -231,12 +238,14 @@ async def settle(stack: Stack) -> None:
         (await control.post("/_fake/settle", json={"timeout_seconds": 30})).raise_for_status()
 
 
-async def _start_stores(stack: Stack, parts: AsyncExitStack, given: Mapping[str, str]) -> None:
+async def _start_stores(
+    stack: Stack, parts: AsyncExitStack, given: Mapping[str, str], postgres_settings: Mapping[str, str]
+) -> None:
     starts = []
     if database_url := given.get("DATABASE_URL"):
         stack.environment["DATABASE_URL"] = database_url
     else:
-        stack.postgres = EmbeddedPostgres(stack.data / "postgres")
+        stack.postgres = EmbeddedPostgres(stack.data / "postgres", settings=postgres_settings)
         parts.push_async_callback(asyncio.to_thread, stack.postgres.stop)
         starts.append(asyncio.to_thread(stack.postgres.start))
     if redis_url := given.get("REDIS_URL"):
