@@ -8,7 +8,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from itertools import count
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -178,11 +177,7 @@ async def _insert(
     """Insert the events that the ledger does not have, and add them to their totals; the keys of these events."""
     if not events:
         return set()
-    buckets = await _find_buckets(connection, events)
-    belongs = [
-        _Total(event.customer_ref, event.meter, start) for event, (start, _) in zip(events, buckets, strict=True)
-    ]
-    ends = {total: end for total, (_, end) in zip(belongs, buckets, strict=True)}
+    ends, places = await _find_totals(connection, events)
     declared = {meter: _declared_aggregation(its_rules) for meter, its_rules in rules.items()}
     opened: list[dict[str, object]] = [
         {
@@ -197,27 +192,34 @@ async def _insert(
     await connection.execute(OPEN_TOTALS, {"rows": _rows(opened)})
     refs, meters, starts = zip(*ends, strict=True)
     totals = {"customer_refs": list(refs), "meters": list(meters), "bucket_starts": list(starts)}
-    places = dict(zip(ends, count(1)))
     if not any(event.properties for event in events):
-        inserted = await _insert_plain(connection, events, [places[total] for total in belongs], totals)
+        inserted = await _insert_plain(connection, events, places, totals)
         if inserted is not None:
             return inserted
-    return await _insert_any(connection, events, [places[total] for total in belongs], totals, rules)
+    return await _insert_any(connection, events, places, totals, rules)
 
 
-async def _find_buckets(connection: AsyncConnection, events: Sequence[UsageEvent]) -> list[tuple[datetime, datetime]]:
+async def _find_totals(
+    connection: AsyncConnection, events: Sequence[UsageEvent]
+) -> tuple[dict[_Total, datetime], list[int]]:
+    """The totals of these events with the ends of their buckets, and for each event where among them its own stands."""
     times = [event.timestamp for event in events]
     boundaries = await find_boundaries(connection, (event.customer_ref for event in events), min(times), max(times))
-    # Events of one customer mostly follow each other closely.
-    latest: dict[str, tuple[datetime, datetime]] = {}
-    buckets = []
+    ends: dict[_Total, datetime] = {}
+    numbers: dict[_Total, int] = {}
+    places = []
+    # Events of one customer and meter mostly follow each other closely, in the same bucket.
+    latest: dict[tuple[str, str], tuple[datetime, datetime, int]] = {}
     for event in events:
-        bucket = latest.get(event.customer_ref)
-        if bucket is None or not bucket[0] <= event.timestamp < bucket[1]:
-            bucket = find_bucket(event.timestamp, boundaries.get(event.customer_ref, ()))
-            latest[event.customer_ref] = bucket
-        buckets.append(bucket)
-    return buckets
+        of = event.customer_ref, event.meter
+        known = latest.get(of)
+        if known is None or not known[0] <= event.timestamp < known[1]:
+            start, end = find_bucket(event.timestamp, boundaries.get(event.customer_ref, ()))
+            total = _Total(*of, start)
+            ends.setdefault(total, end)
+            known = latest[of] = start, end, numbers.setdefault(total, len(ends))
+        places.append(known[2])
+    return ends, places
 
 
 async def _insert_plain(
