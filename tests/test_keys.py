@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner, Result
 
-from tallystick import cli
+from tallystick import cli, terminal
 from tests.conftest import Servers
 
 
@@ -50,6 +50,13 @@ def test_a_key_is_rolled_and_the_list_says_until_when_the_old_secret_works() -> 
         assert word in people
     for secret in (first, second):
         assert secret.split("_", 2)[2] not in run("keys", "list", "--json").stdout + people
+
+
+def test_ids_and_scopes_stay_whole_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = run("keys", "create", "a rather long name", "--scope", "customers:write", "--scope", "portal:create").stdout
+    monkeypatch.setattr(terminal.out, "_width", 60)
+    words = run("keys", "list").stdout.split()
+    assert {key.split("_")[1], "customers:write", "portal:create"} <= set(words)
 
 
 def test_a_key_that_leaked_is_rolled_without_an_overlap() -> None:

@@ -81,12 +81,14 @@ def list_(json_: Json = False) -> None:
     for column in table.columns:
         column.overflow = "fold"  # what is cut off cannot be read
     table.columns[0].no_wrap, table.columns[0].min_width = True, ID_LENGTH  # it is there to be copied
+    longest = max((len(scope) for key in found for scope in key["scopes"]), default=0)
+    table.columns[3].no_wrap, table.columns[3].min_width = True, longest
     for key in found:
         table.add_row(
             key["id"],
             key["name"],
             key["source"],
-            "\n".join(key["scopes"]),  # a name that is cut in two cannot be read either
+            "\n".join(key["scopes"]),
             f"{key['limit_per_second']}/s" if key["limit_per_second"] else "none",
             _minute(key["last_used_at"]) if key["last_used_at"] else "never",
             _state(key),
