@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -158,3 +158,8 @@ async def schema_is_current(connection: AsyncConnection) -> bool:
 
     newest = await asyncio.to_thread(lambda: ScriptDirectory.from_config(_alembic()).get_current_head())
     return await connection.run_sync(lambda sync: MigrationContext.configure(sync).get_current_revision()) == newest
+
+
+def to_columns(names: Sequence[str], rows: Sequence[tuple[object, ...]]) -> dict[str, list[object]]:
+    """The rows as parameters of one array a column, for `unnest`: PostgreSQL reads those faster than JSON."""
+    return {name: [row[at] for row in rows] for at, name in enumerate(names)}

@@ -33,6 +33,7 @@ NEEDS_REFRESH = " UNION ALL ".join(
     for kind in KINDS.values()
 )
 
+# "pending or sending" is asked so that each has its own index.
 COUNT_QUEUES = text(f"""
     SELECT 'open_usage' AS queue, count(*) AS length, min(bucket_end) AS since
       FROM usage_totals t
@@ -44,7 +45,7 @@ COUNT_QUEUES = text(f"""
      WHERE events <> sealed_events
        AND NOT EXISTS (SELECT FROM customer_references r WHERE r.ref = t.customer_ref)
     UNION ALL
-    SELECT 'deliveries', count(*), min(created_at) FROM usage_deliveries WHERE state IN ('pending', 'sending')
+    SELECT 'deliveries', count(*), min(created_at) FROM usage_deliveries WHERE state = 'pending' OR state = 'sending'
     UNION ALL
     SELECT 'parked_deliveries', count(*), min(created_at) FROM usage_deliveries WHERE state = 'parked'
     UNION ALL

@@ -79,7 +79,7 @@ MEASURE = text("""
                             WHERE b.customer = r.customer AND b.at >= t.bucket_end AND b.at <= :now))
          + (SELECT coalesce(sum(d.events), 0)
               FROM usage_deliveries d JOIN usage_totals t ON t.id = d.total_id
-             WHERE d.state IN ('pending', 'sending')
+             WHERE (d.state = 'pending' OR d.state = 'sending')
                AND EXISTS (SELECT FROM period_boundaries b
                             WHERE b.customer = d.customer AND b.at >= t.bucket_end AND b.at <= :now)) AS unbilled,
            (SELECT coalesce(sum(events), 0) FROM usage_deliveries

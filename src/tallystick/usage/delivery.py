@@ -15,6 +15,7 @@ customer and meter one delivery is on its way at a time, whichever sender it has
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -22,7 +23,6 @@ from decimal import Decimal
 from time import monotonic
 from typing import Literal, NamedTuple
 
-import msgspec
 import structlog
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -32,7 +32,7 @@ from tallystick.config import Settings
 from tallystick.metrics import DELIVERIES
 from tallystick.resources import Resources
 from tallystick.rules import Rules
-from tallystick.usage.late import Taken, mark_taken_late, prices_of, set_aside
+from tallystick.usage.late import MAY_BE_CLOSED, Taken, mark_taken_late, prices_of, set_aside
 from tallystick.usage.parking import announce_parked
 from tallystick.usage.senders.meter_event_stream import send_stream
 from tallystick.usage.senders.meter_events import send_meter_events
@@ -121,8 +121,8 @@ CLAIM = text("""
              WHERE id = ANY(:ids) AND (state = 'pending' OR state = 'sending' AND lease_until <= :now)
                FOR UPDATE) chosen
      WHERE d.id = chosen.id
-    RETURNING d.id, d.event_name, d.identifier, d.payload, d.timestamp, d.attempts, d.customer, d.value,
-              chosen.unknown_since AS unknown_before
+    RETURNING d.id, chosen.unknown_since AS unknown_before, d.value,
+              d.event_name, d.identifier, d.payload, d.timestamp, d.attempts
 """)
 
 # The item whose period covers the usage, and what Stripe has been told of that second before.
@@ -138,25 +138,29 @@ FIND_RECORDS = text("""
       FROM usage_deliveries d WHERE d.id = ANY(:ids)
 """)
 
-# `attempts` fences: a worker that comes back after its lease was taken over no longer has a say.
-SETTLE = text("""
+# `attempts` fences: a worker that comes back after its lease was taken over no longer has a say. Given back is what the
+# product may have to be told of.
+SETTLE = text(f"""
     WITH settled AS (
         UPDATE usage_deliveries d
            SET state = r.state, reason = r.reason, next_attempt_at = r.next_attempt_at, lease_until = NULL,
                unknown_since = r.unknown_since,
                settled_at = CASE WHEN r.state = 'pending' THEN NULL ELSE CAST(:settled_at AS timestamptz) END
-          FROM json_to_recordset(CAST(:rows AS json))
-            AS r(id bigint, attempts integer, state text, reason text, next_attempt_at timestamptz,
-                 unknown_since timestamptz, outcome text, said text, http_status integer, request_id text)
+          FROM unnest(CAST(:id AS bigint[]), CAST(:attempts AS integer[]), CAST(:state AS text[]),
+                      CAST(:reason AS text[]), CAST(:next_attempt_at AS timestamptz[]),
+                      CAST(:unknown_since AS timestamptz[]), CAST(:outcome AS text[]), CAST(:said AS text[]),
+                      CAST(:http_status AS integer[]), CAST(:request_id AS text[]))
+            AS r(id, attempts, state, reason, next_attempt_at, unknown_since, outcome, said, http_status, request_id)
          WHERE d.id = r.id AND d.attempts = r.attempts AND d.state = 'sending'
         RETURNING d.id, d.state, d.customer, d.identifier, d.event_name, d.timestamp, d.reason, d.attempts,
-                  r.outcome, r.said, r.http_status, r.request_id
+                  r.outcome, r.said, r.http_status, r.request_id, {MAY_BE_CLOSED} AS may_be_closed
     ), noted AS (
         INSERT INTO usage_delivery_attempts (delivery_id, attempt, at, outcome, reason, http_status, request_id)
         SELECT id, attempts, CAST(:at AS timestamptz), outcome, said, http_status, request_id FROM settled
     )
     SELECT id, state, customer, identifier, event_name, timestamp, reason FROM settled
-""")
+     WHERE state = 'parked' OR state = 'sent' AND may_be_closed
+""")  # noqa: S608  put together from constants
 
 
 class Place(NamedTuple):
@@ -169,8 +173,7 @@ class Place(NamedTuple):
 BEGINNING = Place("", "")
 
 
-@dataclass(frozen=True)
-class Claimed:
+class Claimed(NamedTuple):
     """A delivery that this worker may send until its lease ends. `unknown_before`: since when, before this try."""
 
     id: int
@@ -232,8 +235,9 @@ async def _take_turn(resources: Resources, sender: Sender, now: datetime, place:
     settled_at = now + timedelta(seconds=monotonic() - began)
     async with db.transaction(resources.engine) as connection:
         await _settle(connection, rules, claimed, outcomes, now, settled_at)
+    for state, number in Counter(outcome.state for outcome in outcomes).items():
+        DELIVERIES.labels(state).inc(number)
     for delivery, outcome in zip(claimed, outcomes, strict=True):
-        DELIVERIES.labels(outcome.state).inc()
         if outcome.state != "sent":
             log.warning(
                 "delivery_not_sent",
@@ -288,11 +292,11 @@ async def _claim(
         found = await connection.execute(FIND_RECORDS, {"ids": [row.id for row in rows], "prices": prices_of(rules)})
         records = {row.id: (row.item, row.before) for row in found}
     claimed = []
-    for row in rows:
-        message = Message(row.event_name, row.identifier, row.payload, row.timestamp, row.attempts)
-        item, before = records.get(row.id, (None, Decimal(0)))
-        record = Record(message, item, before + row.value) if row.id in records else None
-        claimed.append(Claimed(row.id, message, row.unknown_before, record))
+    for id, unknown_before, value, *said in rows:
+        message = Message(*said)
+        item, before = records.get(id, (None, Decimal(0)))
+        record = Record(message, item, before + value) if id in records else None
+        claimed.append(Claimed(id, message, unknown_before, record))
     await connection.execute(USE_TOKENS, {"name": name, "used": len(claimed)})
     return Turn(len(chosen), len(claimed), reached), claimed
 
@@ -319,35 +323,56 @@ async def _settle(
     settled_at: datetime,
 ) -> None:
     """Write down the answers to tries that were made at `at`, and each try."""
-    rows = []
-    for delivery, outcome in zip(claimed, outcomes, strict=True):
-        unknown_since = delivery.unknown_before or (at if outcome.unknown else None)
-        state, reason = "pending" if outcome.state == "retry" else outcome.state, outcome.reason
-        if outcome.state == "parked" and unknown_since is not None:
-            # That this try was refused says nothing about an earlier one; Stripe's summaries will.
-            reason = "outcome_unknown"
-        rows.append(
-            {
-                "id": delivery.id,
-                "attempts": delivery.message.attempt,
-                "state": state,
-                "reason": reason,
-                "next_attempt_at": (settled_at + backoff(delivery.message.attempt)).isoformat(),
-                "unknown_since": unknown_since.isoformat() if unknown_since and outcome.state != "sent" else None,
-                "outcome": outcome.state,
-                "said": outcome.reason,
-                "http_status": outcome.http_status,
-                "request_id": outcome.request_id,
-            }
-        )
+    settled = [
+        _settle_one(delivery, outcome, at, settled_at) for delivery, outcome in zip(claimed, outcomes, strict=True)
+    ]
     written = await connection.execute(
-        SETTLE, {"rows": msgspec.json.encode(rows).decode(), "at": at, "settled_at": settled_at}
+        SETTLE, {"at": at, "settled_at": settled_at, **db.to_columns(_Settled._fields, settled)}
     )
-    settled = written.mappings().all()
-    await announce_parked(connection, [row for row in settled if row["state"] == "parked"])
+    to_tell = written.mappings().all()
+    await announce_parked(connection, [row for row in to_tell if row["state"] == "parked"])
     first = {delivery.id: delivery.unknown_before or at for delivery in claimed}
-    sent = [Taken(row["id"], first[row["id"]]) for row in settled if row["state"] == "sent"]
+    sent = [Taken(row["id"], first[row["id"]]) for row in to_tell if row["state"] == "sent"]
     await mark_taken_late(connection, sent, rules)
+
+
+class _Settled(NamedTuple):
+    """What a try came to, as SETTLE takes it."""
+
+    id: int
+    attempts: int
+    state: str
+    reason: str | None
+    next_attempt_at: datetime
+    unknown_since: datetime | None
+    outcome: str
+    said: str | None
+    http_status: int | None
+    request_id: str | None
+
+
+def _settle_one(delivery: Claimed, outcome: Outcome, at: datetime, settled_at: datetime) -> _Settled:
+    state, reason, next_attempt_at = outcome.state, outcome.reason, settled_at
+    unknown_since = delivery.unknown_before or (at if outcome.unknown else None)
+    if state == "sent":
+        unknown_since = None
+    elif state == "retry":
+        next_attempt_at += backoff(delivery.message.attempt)
+    elif unknown_since is not None:
+        # That this try was refused says nothing about an earlier one; Stripe's summaries will.
+        reason = "outcome_unknown"
+    return _Settled(
+        delivery.id,
+        delivery.message.attempt,
+        "pending" if state == "retry" else state,
+        reason,
+        next_attempt_at,
+        unknown_since,
+        state,
+        outcome.reason,
+        outcome.http_status,
+        outcome.request_id,
+    )
 
 
 def backoff(attempts: int) -> timedelta:

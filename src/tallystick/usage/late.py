@@ -31,7 +31,7 @@ UNKNOWN_FOR_AT_MOST = timedelta(hours=23)
 
 INVOICES_PER_TRANSACTION = 100
 
-# {bills}: the delivery `d` is of the meter of `m`, or is told by usage records of its price.
+# The delivery `d` is of the meter of `m`, or is told by usage records of its price.
 _BILLS = "(m.event_name = d.event_name OR m.price = CAST(:prices AS json) ->> d.event_name)"
 
 # When the last invoice that covers a delivery became final; null while it may still be billed.
@@ -51,13 +51,26 @@ _CLOSED_AT = f"""
 """  # noqa: S608  put together from constants
 
 # A cheap look first: most usage is younger than the customer's last invoice.
-_MAY_BE_CLOSED = """
+MAY_BE_CLOSED = """
     EXISTS (SELECT FROM invoices i
              WHERE i.customer = d.customer AND i.status <> 'draft' AND i.period_end > to_timestamp(d.timestamp))
 """
 
-FIND_CLOSED = text(f"""
-    SELECT d.id FROM usage_deliveries d WHERE d.id = ANY(:ids) AND {_MAY_BE_CLOSED} AND EXISTS ({_CLOSED_AT})
+_IS_CLOSED = f"{MAY_BE_CLOSED} AND EXISTS ({_CLOSED_AT})"
+
+FIND_CLOSED = text(f"SELECT d.id FROM usage_deliveries d WHERE d.id = ANY(:ids) AND {_IS_CLOSED}")  # noqa: S608
+
+# What was tried is left as it is: its bytes never change, and an earlier try may have been taken. Usage records are set
+# and not added: saying one again is harmless however long ago the first try was.
+FIND_UNFIT = text(f"""
+    SELECT id, reason
+      FROM (SELECT d.id,
+                   CASE WHEN d.unknown_since <= :unknown_since AND d.sender <> 'usage_records' THEN 'outcome_unknown'
+                        WHEN d.unknown_since IS NOT NULL THEN NULL
+                        WHEN {_IS_CLOSED} THEN 'period_closed'
+                        WHEN d.timestamp < :oldest THEN 'older_than_35_days' END AS reason
+              FROM usage_deliveries d WHERE d.id = ANY(:ids)) looked_at
+     WHERE reason IS NOT NULL
 """)  # noqa: S608
 
 # A quantity that adds up may be billed in another period than it was used in; a latest or greatest value may not.
@@ -82,17 +95,6 @@ PARK = text("""
     RETURNING customer, identifier, event_name, timestamp, reason
 """)
 
-# What was tried is left as it is: its bytes never change, and an earlier try may have been taken.
-FIND_UNTRIED = text("""
-    SELECT id, timestamp < :oldest AS too_old FROM usage_deliveries WHERE id = ANY(:ids) AND unknown_since IS NULL
-""")
-
-# Usage records are set and not added: saying one again is harmless however long ago the first try was.
-FIND_UNKNOWN = text("""
-    SELECT id FROM usage_deliveries
-     WHERE id = ANY(:ids) AND unknown_since <= :unknown_since AND sender <> 'usage_records'
-""")
-
 # `first`: the earliest moment at which Stripe may have taken it. When the invoice became final between that and the
 # answer, nobody can tell on which side it was.
 MARK_SETTLED = text(f"""
@@ -101,7 +103,7 @@ MARK_SETTLED = text(f"""
           FROM json_to_recordset(CAST(:rows AS json)) AS r(id bigint, first timestamptz)
           JOIN usage_deliveries d USING (id)
          CROSS JOIN LATERAL ({_CLOSED_AT}) closed
-         WHERE d.state IN ('sent', 'confirmed') AND NOT d.taken_late AND {_MAY_BE_CLOSED}
+         WHERE d.state IN ('sent', 'confirmed') AND NOT d.taken_late AND {MAY_BE_CLOSED}
            AND d.reason IS DISTINCT FROM 'taken_around_finalization' AND d.settled_at > closed.finalized_at
     )
     UPDATE usage_deliveries d
@@ -152,17 +154,19 @@ class Taken:
 
 async def set_aside(connection: AsyncConnection, ids: Collection[int], rules: Rules, now: datetime) -> None:
     """Of deliveries that are about to be sent, park or carry what must not be sent as it is. The caller commits."""
-    unknown = await connection.execute(FIND_UNKNOWN, {"ids": sorted(ids), "unknown_since": now - UNKNOWN_FOR_AT_MOST})
-    await park(connection, list(unknown.scalars()), "outcome_unknown", now)
-    oldest = int((now - STRIPE_TAKES_FOR).timestamp())
-    untried = {
-        row.id: row.too_old for row in await connection.execute(FIND_UNTRIED, {"ids": sorted(ids), "oldest": oldest})
+    asked = {
+        "ids": sorted(ids),
+        "unknown_since": now - UNKNOWN_FOR_AT_MOST,
+        "oldest": int((now - STRIPE_TAKES_FOR).timestamp()),
+        "prices": prices_of(rules),
     }
-    closed = await find_closed(connection, list(untried), rules)
-    carried = await carry(connection, closed, rules, now) if rules.usage.late == "carry" else set()
-    await park(connection, sorted(closed - carried), "period_closed", now)
-    too_old = {id for id, is_too_old in untried.items() if is_too_old}
-    await park(connection, sorted(too_old - closed), "older_than_35_days", now)
+    unfit: dict[str, set[int]] = {}
+    for id, reason in await connection.execute(FIND_UNFIT, asked):
+        unfit.setdefault(reason, set()).add(id)
+    if rules.usage.late == "carry" and (closed := unfit.get("period_closed")):
+        closed -= await carry(connection, closed, rules, now)
+    for reason, some in unfit.items():
+        await park(connection, some, reason, now)
 
 
 async def find_closed(connection: AsyncConnection, ids: Collection[int], rules: Rules) -> set[int]:
@@ -193,7 +197,10 @@ async def park(connection: AsyncConnection, ids: Collection[int], reason: str, n
 
 
 async def mark_taken_late(connection: AsyncConnection, taken: Collection[Taken], rules: Rules) -> None:
-    """Mark deliveries that Stripe took after their invoice was final, and tell the product of each, once."""
+    """Mark deliveries that Stripe took after their invoice was final, and tell the product of each, once.
+
+    Only one whose customer has a final invoice that ends after it can be (`MAY_BE_CLOSED`).
+    """
     if not taken:
         return
     rows = [{"id": each.id, "first": each.first.isoformat()} for each in taken]

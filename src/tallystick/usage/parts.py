@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import ROUND_DOWN, Decimal, localcontext
+from typing import NamedTuple
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -26,6 +27,7 @@ MAX_SUM_DIGITS = 100
 
 # Stripe refuses timestamps older than this; what is closer to it than a day of retries would need is not worth the try.
 STRIPE_MAX_AGE = timedelta(days=35)
+STRIPE_TAKES_SAFELY = STRIPE_MAX_AGE - timedelta(minutes=10)
 
 # Of one total, and of one transaction: each is a row that is changed and one that is made.
 COUNTED_PER_SEAL = 5_000
@@ -109,8 +111,7 @@ FIND_RUNNING = text("""
 """)
 
 
-@dataclass(frozen=True)
-class Total:
+class Total(NamedTuple):
     """A locked total with something to seal. `seal` is the number of its open part."""
 
     id: int
@@ -126,8 +127,7 @@ class Total:
     customer: str
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One delivery to be. `opened_seal`: the seal of the events that it carries. `of_event`: the one event's key."""
 
     total: Total
@@ -285,8 +285,10 @@ def delivery_timestamp(earliest: datetime, bucket_end: datetime, now: datetime) 
 
     Period boundaries are whole seconds, so every whole second of a bucket lies in the same period as the bucket.
     """
-    still_taken = (now - STRIPE_MAX_AGE + timedelta(minutes=10)).replace(microsecond=0)
-    return max(earliest, min(still_taken, bucket_end - SECOND))
+    still_taken = now - STRIPE_TAKES_SAFELY
+    if earliest >= still_taken:
+        return earliest
+    return max(earliest, min(still_taken.replace(microsecond=0), bucket_end - SECOND))
 
 
 def split_value(value: Decimal) -> list[Decimal]:
@@ -295,6 +297,9 @@ def split_value(value: Decimal) -> list[Decimal]:
     Whole parts are cut off by the largest that fits, so there are never more parts than events of which they are the
     sum. A sum of 0 is one part: its events are told like any others.
     """
+    digits, exponent = value.as_tuple()[1:]
+    if value and isinstance(exponent, int) and exponent <= 0 and len(digits) <= MAX_DIGITS:
+        return [value]
     parts: list[Decimal] = []
     with localcontext(prec=MAX_SUM_DIGITS):  # the default context would round at 28
         sign = Decimal(-1 if value < 0 else 1)

@@ -15,11 +15,11 @@ of one quantity: the number and the quantity move together in one transaction.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 from sqlalchemy import TextClause, text
@@ -55,21 +55,23 @@ RECORDS_EVERY = timedelta(seconds=60)
 # for.
 DUE = """
       FROM usage_totals t
-      JOIN customer_references r ON r.ref = t.customer_ref
+      JOIN {references} r ON r.ref = t.customer_ref
       JOIN unnest(CAST(:meters AS text[]), CAST(:formulas AS text[])) AS m(meter, formula)
         ON m.meter = t.meter
        AND m.formula = CASE WHEN t.aggregation IN ('max', 'unique_count') THEN 'last' ELSE t.aggregation END
-     WHERE t.events <> t.sealed_events AND ({due})
+     WHERE t.events <> t.sealed_events AND ({{due}})
 """
-FIND_DUE = f"SELECT t.id {DUE} ORDER BY t.customer_ref, t.meter, t.bucket_start LIMIT :limit"
-# Another worker may have sealed some of them meanwhile.
+IN_ORDER = "ORDER BY t.customer_ref, t.meter, t.bucket_start"
+FIND_DUE = f"SELECT t.id, t.customer_ref {DUE.format(references='customer_references')} {IN_ORDER} LIMIT :limit"
+# Another worker may have sealed some of them meanwhile, and a reference may have been linked to another customer. The
+# few references are looked up first: joined with all, PostgreSQL would read all customers for each transaction.
 LOCK_DUE = f"""
+    WITH linked AS MATERIALIZED (SELECT ref, customer FROM customer_references WHERE ref = ANY(:refs))
     SELECT t.id, t.customer_ref, t.meter, t.bucket_start, t.bucket_end, t.aggregation, t.quantity,
            t.quantity - t.sealed AS unsealed, t.events - t.sealed_events AS unsealed_events, t.seal, r.customer
-    {DUE} AND t.id = ANY(:ids)
-     ORDER BY t.customer_ref, t.meter, t.bucket_start
-       FOR UPDATE OF t {{locked}}
-"""
+    {DUE.format(references="linked")} AND t.id = ANY(:ids)
+    {IN_ORDER} FOR UPDATE OF t {{locked}}
+"""  # noqa: S608  put together from constants
 
 DUE_BY_TIME = """
     (EXISTS (SELECT FROM subscriptions s WHERE s.customer = r.customer)
@@ -92,20 +94,25 @@ INSERT_DELIVERIES = text("""
     INSERT INTO usage_deliveries
            (total_id, opened_seal, seal, events, customer, event_name, identifier, payload, value, timestamp, state,
             reason, aggregation, sender, next_attempt_at)
-    SELECT total_id, opened_seal, seal, events, customer, event_name, identifier, payload, value, timestamp, state,
-           reason, aggregation, sender, :now
-      FROM json_to_recordset(CAST(:rows AS json))
-        AS r(total_id bigint, opened_seal integer, seal integer, events bigint, customer text, event_name text,
-             identifier text, payload jsonb, value numeric, timestamp bigint, state text, reason text,
-             aggregation text, sender text)
+    SELECT total_id, opened_seal, seal, events, customer, event_name, identifier, CAST(payload AS jsonb),
+           CAST(value AS numeric), timestamp, state, reason, aggregation, sender, :now
+      FROM unnest(CAST(:total_id AS bigint[]), CAST(:opened_seal AS integer[]), CAST(:seal AS integer[]),
+                  CAST(:events AS bigint[]), CAST(:customer AS text[]), CAST(:event_name AS text[]),
+                  CAST(:identifier AS text[]), CAST(:payload AS text[]), CAST(:value AS text[]),
+                  CAST(:timestamp AS bigint[]), CAST(:state AS text[]), CAST(:reason AS text[]),
+                  CAST(:aggregation AS text[]), CAST(:sender AS text[]))
+        AS r(total_id, opened_seal, seal, events, customer, event_name, identifier, payload, value, timestamp, state,
+             reason, aggregation, sender)
 """)
 
 # The totals are locked, so what is open is still what was read. One of which a part stays open remains due.
 CLOSE_SEALS = text("""
     UPDATE usage_totals t
-       SET sealed = t.sealed + r.quantity, sealed_events = t.sealed_events + r.events, seal = r.next_seal,
+       SET sealed = t.sealed + CAST(r.quantity AS numeric), sealed_events = t.sealed_events + r.events,
+           seal = r.next_seal,
            sealed_at = CASE WHEN t.events = t.sealed_events + r.events THEN :now ELSE t.sealed_at END
-      FROM json_to_recordset(CAST(:rows AS json)) AS r(id bigint, next_seal integer, quantity numeric, events bigint)
+      FROM unnest(CAST(:id AS bigint[]), CAST(:next_seal AS integer[]), CAST(:quantity AS text[]),
+                  CAST(:events AS bigint[])) AS r(id, next_seal, quantity, events)
      WHERE t.id = r.id
 """)
 
@@ -192,23 +199,19 @@ async def _seal_all(
         async with db.transaction(resources.engine) as connection:
             routes = await _find_routes(connection, rules, resources.settings.sender)
             asked = {"meters": list(routes), "formulas": [route.formula for route in routes.values()], **parameters}
-            found = await connection.scalars(text(FIND_DUE.format(due=due)), asked | {"limit": FOUND_AT_ONCE})
-            ids = list(found)
+            found = (await connection.execute(text(FIND_DUE.format(due=due)), asked | {"limit": FOUND_AT_ONCE})).all()
         lock = text(LOCK_DUE.format(due=due, locked=locked))
         before, more = sealed, False
-        for some in batched(ids, TOTALS_PER_TRANSACTION):
+        for at in range(0, len(found), TOTALS_PER_TRANSACTION):
+            some = found[at : at + TOTALS_PER_TRANSACTION]
+            these = {"ids": [row.id for row in some], "refs": sorted({row.customer_ref for row in some})}
             async with db.transaction(resources.engine) as connection:
-                count, again = await _seal_some(connection, now, lock, asked | {"ids": list(some)}, routes, rules)
+                count, again = await _seal_some(connection, now, lock, asked | these, routes, rules)
             sealed += count
             more |= again
         # Of what is sealed by another worker just now, that one takes care.
-        more |= sealed > before and len(ids) == FOUND_AT_ONCE
+        more |= sealed > before and len(found) == FOUND_AT_ONCE
     return sealed
-
-
-def batched(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """The ids in their order, at most `size` at a time."""
-    return (ids[at : at + size] for at in range(0, len(ids), size))
 
 
 async def _find_routes(
@@ -245,50 +248,77 @@ async def _seal_some(
         return count, True
     installation = str(await connection.scalar(text("SELECT id FROM installation")))
     parts = await list_parts(connection, totals, now)
-    deliveries = [_delivery(installation, part, routes[part.total.meter], now) for part in parts]
-    await connection.execute(INSERT_DELIVERIES, {"rows": msgspec.json.encode(deliveries).decode(), "now": now})
-    await announce_parked(connection, [delivery for delivery in deliveries if delivery["state"] == "parked"])
+    deliveries = [_write_delivery(installation, part, routes[part.total.meter], now) for part in parts]
+    await connection.execute(INSERT_DELIVERIES, {"now": now, **db.to_columns(_Delivery._fields, deliveries)})
+    await announce_parked(connection, [delivery._asdict() for delivery in deliveries if delivery.state == "parked"])
     seals = _close(parts)
-    await connection.execute(CLOSE_SEALS, {"rows": msgspec.json.encode(list(seals.values())).decode(), "now": now})
+    await connection.execute(CLOSE_SEALS, {"now": now, **db.to_columns(_Seal._fields, seals)})
     left_open = sum(total.unsealed_events for total in totals) > sum(part.events for part in parts)
     return len(seals), bool(parts) and left_open
 
 
-def _close(parts: list[Part]) -> dict[int, dict[str, object]]:
-    """What the totals' seals are closed with, by total. Of counted events each part closes its own."""
-    seals: dict[int, dict[str, object]] = {}
+class _Delivery(NamedTuple):
+    """A row to be of `usage_deliveries`, as INSERT_DELIVERIES takes it."""
+
+    total_id: int
+    opened_seal: int
+    seal: int
+    events: int
+    customer: str
+    event_name: str
+    identifier: str
+    payload: str
+    value: str
+    timestamp: int
+    state: str
+    reason: str | None
+    aggregation: str
+    sender: str
+
+
+class _Seal(NamedTuple):
+    """What a total's seal is closed with, as CLOSE_SEALS takes it."""
+
+    id: int
+    next_seal: int
+    quantity: str
+    events: int
+
+
+def _close(parts: Sequence[Part]) -> list[_Seal]:
+    """What the seal of each total is closed with. Of counted events each part closes its own."""
+    seals: dict[int, _Seal] = {}
     for part in parts:
-        total, closed = part.total, seals.get(part.total.id, {"events": 0})
-        events = int(str(closed["events"])) + part.events
+        total, closed = part.total, seals.get(part.total.id)
+        events = part.events + (closed.events if closed else 0)
         quantity = Decimal(events) if part.of_event else total.unsealed
-        seals[total.id] = {"id": total.id, "next_seal": part.seal + 1, "quantity": str(quantity), "events": events}
-    return seals
+        seals[total.id] = _Seal(total.id, part.seal + 1, str(quantity), events)
+    return list(seals.values())
 
 
-def _delivery(installation: str, part: Part, route: Route, now: datetime) -> dict[str, object]:
+def _write_delivery(installation: str, part: Part, route: Route, now: datetime) -> _Delivery:
     total = part.total
-    too_old = part.at < now - STRIPE_MAX_AGE
     state, reason = "pending", None
-    if too_old:
+    if part.at < now - STRIPE_MAX_AGE:
         state, reason = "parked", "older_than_35_days"
     elif not part.says_something:
         state, reason = "voided", "superseded"
-    return {
-        "total_id": total.id,
-        "opened_seal": part.opened_seal,
-        "seal": part.seal,
-        "events": part.events,
-        "customer": total.customer,
-        "event_name": route.event_name,
-        "identifier": make_identifier(installation, part),
-        "payload": route.payload(total.customer, part.value),
-        "value": str(part.value),
-        "timestamp": int(part.at.timestamp()),
-        "state": state,
-        "reason": reason,
-        "aggregation": total.aggregation,
-        "sender": route.sender,
-    }
+    return _Delivery(
+        total.id,
+        part.opened_seal,
+        part.seal,
+        part.events,
+        total.customer,
+        route.event_name,
+        make_identifier(installation, part),
+        msgspec.json.encode(route.payload(total.customer, part.value)).decode(),
+        str(part.value),
+        int(part.at.timestamp()),
+        state,
+        reason,
+        total.aggregation,
+        route.sender,
+    )
 
 
 def make_identifier(installation: str, part: Part) -> str:

@@ -12,6 +12,7 @@ from time import monotonic
 
 import stripe
 from stripe import StripeClient
+from stripe.params.v2.billing import MeterEventStreamCreateParamsEvent
 
 from tallystick.stripe_gateway import MeterEventSession, error_code, request_id
 from tallystick.usage.senders.outcomes import Message, Outcome, read_outcome
@@ -71,20 +72,28 @@ async def _stream(session: MeterEventSession, messages: Sequence[Message], now: 
     return Outcome("sent", http_status=200, request_id=f"{key}.again")
 
 
+class _Events(list[MeterEventStreamCreateParamsEvent]):
+    """The events of a request, which the SDK sends as JSON like any list.
+
+    It writes all parameters as a form besides, of which v2 makes no use: half of the processor time of a delivery. What
+    has an `id` goes into a form as that.
+    """
+
+    id = "events"
+
+
 async def _request(client: StripeClient, token: str, key: str, messages: Sequence[Message]) -> None:
-    await client.v2.billing.meter_event_stream.create_async(
+    events = _Events(
         {
-            "events": [
-                {
-                    "event_name": message.event_name,
-                    "identifier": message.identifier,
-                    "payload": message.payload,
-                    "timestamp": datetime.fromtimestamp(message.timestamp, UTC).isoformat().replace("+00:00", "Z"),
-                }
-                for message in messages
-            ]
-        },
-        {"api_key": token, "idempotency_key": key},
+            "event_name": message.event_name,
+            "identifier": message.identifier,
+            "payload": message.payload,
+            "timestamp": datetime.fromtimestamp(message.timestamp, UTC).isoformat().replace("+00:00", "Z"),
+        }
+        for message in messages
+    )
+    await client.v2.billing.meter_event_stream.create_async(
+        {"events": events}, {"api_key": token, "idempotency_key": key}
     )
 
 

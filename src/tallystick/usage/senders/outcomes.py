@@ -2,7 +2,7 @@
 
 import secrets
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import stripe
 
@@ -11,8 +11,7 @@ from tallystick.stripe_gateway import error_code, never_reached, request_id
 ALREADY_SENT = "already exists with identifier"
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """What is to be said of a delivery: the same in each try, but for `attempt`, the number of the try."""
 
     event_name: str
