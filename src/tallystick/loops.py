@@ -2,11 +2,11 @@
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from time import time
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from redis.asyncio import Redis
@@ -29,6 +29,23 @@ STOP_WITHIN_SECONDS = 20
 # Loop → unix time at which some worker's last run of it ended well. For the doctor, which may run on another machine.
 LAST_DONE = f"{KEY_TAG}:loops"
 NOTE_EVERY_SECONDS = 10
+
+
+Result = TypeVar("Result")
+
+
+async def all_ended(parts: Iterable[Awaitable[Result]]) -> list[Result]:
+    """Run the parts of a run side by side; what they came to. When one failed, the first failure, once all have ended.
+
+    A part that went on alone would meet the next run, or the end of the connections.
+    """
+    outcomes = await asyncio.gather(*parts, return_exceptions=True)
+    results: list[Result] = []
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        results.append(outcome)
+    return results
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tallystick import db
 from tallystick.config import Settings
+from tallystick.loops import all_ended
 from tallystick.metrics import DELIVERIES
 from tallystick.resources import Resources
 from tallystick.rules import Rules
@@ -194,7 +195,7 @@ class Turn:
 
 async def deliver(resources: Resources, now: datetime) -> int:
     """Send what one claim of each sender takes, as far as the rate limits go; how many deliveries were tried."""
-    turns = await asyncio.gather(*(_take_turn(resources, sender, now, BEGINNING) for sender in SENDERS))
+    turns = await all_ended(_take_turn(resources, sender, now, BEGINNING) for sender in SENDERS)
     return sum(turn.tried for turn in turns)
 
 
@@ -204,7 +205,7 @@ async def deliver_all(resources: Resources, now: datetime) -> int:
         found = await connection.execute(FIND_SENDERS, {"senders": list(SENDERS), "now": now})
         busy: list[Sender] = list(found.scalars())
     runs = [_deliver_by(resources, sender, now) for sender in busy for _ in range(CLAIMS_AT_ONCE)]
-    return sum(await asyncio.gather(*runs))
+    return sum(await all_ended(runs))
 
 
 async def _deliver_by(resources: Resources, sender: Sender, started_at: datetime) -> int:

@@ -10,6 +10,7 @@ import socket
 from datetime import datetime, timedelta
 
 from tallystick import db
+from tallystick.loops import all_ended
 from tallystick.resources import Resources
 from tallystick.usage.buffer import Entry, acknowledge, read_entries
 from tallystick.usage.ledger import record_events
@@ -32,11 +33,7 @@ async def drain(resources: Resources, now: datetime, *, reclaim_after: timedelta
     drained = 0
     while entries := await _read(resources, reclaim_after):
         lanes = [_drain_lane(resources, some, now) for some in (entries, *([] for _ in range(LANES - 1)))]
-        ended = await asyncio.gather(*lanes, return_exceptions=True)
-        for outcome in ended:
-            if isinstance(outcome, BaseException):
-                raise outcome
-            drained += outcome
+        drained += sum(await all_ended(lanes))
     return drained
 
 

@@ -24,6 +24,7 @@ from sqlalchemy import text
 from tallystick import db
 from tallystick.access.state import recompute_access
 from tallystick.access.timeline import lines_of, write_timeline
+from tallystick.loops import all_ended
 from tallystick.mirror.apply import entomb, lock_customers, overwrite
 from tallystick.mirror.changes import (
     AnyChange,
@@ -112,7 +113,7 @@ async def refresh_mirror(resources: Resources, now: datetime) -> int:
                 log.warning("refresh_failed", kind=claim.kind, id=claim.id, error=type(error).__name__)
                 return False
 
-    return sum(await asyncio.gather(*(refresh(claim) for claim in claims)))
+    return sum(await all_ended(refresh(claim) for claim in claims))
 
 
 async def _claim(resources: Resources, now: datetime) -> list[Claim]:
