@@ -2,6 +2,7 @@
 
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from typing import Any
 
 from sqlalchemy import text
 
@@ -9,6 +10,7 @@ from tallystick import db
 from tallystick.resources import Resources
 from tallystick.usage.conservation import Conservation, count_conservation
 from tallystick.usage.events import UsageEvent
+from tests.waiting import wait_until
 
 METER = "api_requests"
 CUSTOMER = "cus_acme"
@@ -118,3 +120,18 @@ async def conservation(resources: Resources) -> Conservation:
 def last_hour(minutes: int = 30) -> datetime:
     """A whole minute within the last full hour: its bucket has ended."""
     return datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - timedelta(minutes=60 - minutes)
+
+
+def nodes_of(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """The nodes of a plan, as EXPLAIN gives it in JSON."""
+    return [plan, *(node for part in plan.get("Plans", []) for node in nodes_of(part))]
+
+
+async def wait_until_blocked(resources: Resources) -> None:
+    """Return once some connection to this database waits for a lock."""
+    blocked = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+
+    async def is_blocked() -> bool:
+        return await read_all(resources, blocked) != []
+
+    await wait_until(is_blocked)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from sqlalchemy.exc import IntegrityError
 
 from tallystick import db
 from tallystick.resources import Resources
@@ -236,6 +237,30 @@ async def test_each_event_of_a_count_meter_is_a_meter_event_at_its_own_second(
     assert len(await read_all(ruled, DELIVERIES)) == 9
     await check_rows(ruled)
     assert (await conservation(ruled)).pending == 9
+
+
+async def test_counted_events_that_stay_open_are_not_written_anew(
+    ruled: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "COUNTED_PER_SEAL", 3)
+    monkeypatch.setattr(parts, "COUNTED_PER_TRANSACTION", 3)
+    await make_meters(ruled)
+    await make_customer(ruled)
+    await record(ruled, *(make_event(f"e{n}", at=last_hour(n), meter="count") for n in range(8)))
+    writers = "SELECT e.xmin::text::bigint FROM usage_events e ORDER BY 1"
+    (recorded,) = set(await read_all(ruled, writers))
+    await run(ruled, "ALTER TABLE usage_deliveries ADD CONSTRAINT few CHECK (seal <= 3) NOT VALID")
+    try:
+        with pytest.raises(IntegrityError):
+            await seal_everything(ruled, datetime.now(UTC))
+    finally:
+        await run(ruled, "ALTER TABLE usage_deliveries DROP CONSTRAINT few")
+    written = await read_all(ruled, writers)
+    assert written.count(recorded) == 5
+    assert len(written) == 8
+    await seal_everything(ruled, datetime.now(UTC))
+    assert len(await read_all(ruled, DELIVERIES)) == 8
+    await check_rows(ruled)
 
 
 async def test_a_counted_event_is_told_under_one_name_whatever_was_sealed_before_it(ruled: Resources) -> None:

@@ -409,7 +409,6 @@ async def test_an_event_of_a_count_is_left_out_while_nobody_was_told(
     await prepare(resources)
     await run(resources, "UPDATE meters SET formula = 'count'")
     await record(resources, make_event(at=last_hour()), make_event("e2", at=last_hour()))
-    await run(resources, "UPDATE usage_totals SET aggregation = 'count'")
     answer = (await correct(client)).json()
     assert (answer["method"], answer["state"]) == ("cancel", "done")
     counted = await conservation(resources)
@@ -419,6 +418,8 @@ async def test_an_event_of_a_count_is_left_out_while_nobody_was_told(
     traced = (await client.get("/v1/usage/events/e1")).json()
     assert [delivery["state"] for delivery in traced["events"][0]["deliveries"]] == ["voided"]
     assert [correction["id"] for correction in traced["corrections"]] == ["c1"]
+    await seal_everything(resources, datetime.now(UTC))
+    assert await read_all(resources, "SELECT id, seal FROM usage_events ORDER BY id") == [("e1", -1), ("e2", 1)]
 
 
 RULES = Rules.model_validate(

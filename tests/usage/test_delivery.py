@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 from sqlalchemy import text
@@ -23,7 +23,17 @@ from tallystick.usage.reconciliation import reconcile_sent
 from tallystick.usage.sealing import seal_everything
 from tallystick.usage.senders.meter_events import send_meter_events
 from tests.conftest import FakeStripe
-from tests.usage.making import METER, conservation, last_hour, make_customer, make_event, make_meter, read_all, run
+from tests.usage.making import (
+    METER,
+    conservation,
+    last_hour,
+    make_customer,
+    make_event,
+    make_meter,
+    nodes_of,
+    read_all,
+    run,
+)
 from tests.waiting import wait_until
 
 Formula = Literal["sum", "count", "last"]
@@ -407,10 +417,6 @@ async def test_a_claim_looks_at_what_it_takes_and_not_at_all_that_waits(resource
         (plan,) = explained.scalar_one()
     walked = [node["Actual Rows"] for node in nodes_of(plan["Plan"]) if node["Node Type"] == "Recursive Union"]
     assert walked == [3]
-
-
-def nodes_of(plan: dict[str, Any]) -> list[dict[str, Any]]:
-    return [plan, *(node for part in plan.get("Plans", []) for node in nodes_of(part))]
 
 
 def test_the_wait_between_tries_grows_to_five_minutes() -> None:

@@ -4,6 +4,7 @@ from decimal import Decimal
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import text
 
 from tallystick import db
 from tallystick.resources import Resources
@@ -22,6 +23,8 @@ from tests.usage.making import (
     make_event,
     make_meter,
     read_all,
+    run,
+    wait_until_blocked,
 )
 
 
@@ -158,6 +161,48 @@ async def test_a_boundary_that_was_learnt_later_leaves_nothing_behind_it_in_the_
     assert await read_all(resources, "SELECT bucket_start, bucket_end, quantity FROM usage_totals ORDER BY 1") == [
         (last_hour(0), boundary, Decimal(2)),
         (boundary, last_hour(60), Decimal(5)),
+    ]
+
+
+async def test_usage_behind_a_cut_that_only_an_earlier_customer_had_goes_into_a_total_behind_it(
+    resources: Resources,
+) -> None:
+    boundary, later = last_hour(30), last_hour(45)
+    await make_customer(resources, boundaries=(boundary,))
+    await make_meter(resources)
+    await record(resources, make_event("before", at=last_hour(10)))
+    await run(resources, "UPDATE customers SET ref = NULL")
+    await make_customer(resources, customer="cus_other")
+    events = [make_event("behind", at=last_hour(50)), make_event("before too", at=last_hour(20), value="2")]
+    await record(resources, *events, make_event("of a group", at=last_hour(40), properties={"region": "eu"}))
+    await make_boundaries(resources, later, customer="cus_other")
+    await seal_everything(resources, datetime.now(UTC))
+    assert await read_all(resources, "SELECT bucket_start, bucket_end, quantity FROM usage_totals ORDER BY 1") == [
+        (last_hour(0), boundary, Decimal(3)),
+        (boundary, later, Decimal(1)),
+        (later, last_hour(60), Decimal(1)),
+    ]
+    await conservation(resources)
+
+
+async def test_a_cut_while_usage_waits_for_its_total_leaves_nothing_behind_it_in_that_total(
+    resources: Resources,
+) -> None:
+    await make_customer(resources)
+    await make_meter(resources)
+    boundary = last_hour(20)
+    await record(resources, make_event("first", at=last_hour(0)))
+    async with db.transaction(resources.engine) as sealing:
+        await sealing.execute(text("SELECT FROM usage_totals FOR UPDATE"))
+        waiting = asyncio.create_task(record(resources, make_event("behind", at=boundary + timedelta(minutes=5))))
+        await wait_until_blocked(resources)
+        # What a webhook and a seal do meanwhile.
+        await make_boundaries(resources, boundary)
+        await sealing.execute(text("UPDATE usage_totals SET bucket_end = :at"), {"at": boundary})
+    assert await waiting == ["recorded"]
+    assert await read_all(resources, "SELECT bucket_start, bucket_end, quantity FROM usage_totals ORDER BY 1") == [
+        (last_hour(0), boundary, Decimal(1)),
+        (boundary, last_hour(60), Decimal(1)),
     ]
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
 
 from tallystick import db
 from tallystick.resources import Resources
@@ -14,16 +15,19 @@ from tallystick.usage.buffer import claim_and_append
 from tallystick.usage.events import MAX_DECIMALS, MAX_DIGITS, UsageEvent, plain
 from tallystick.usage.ledger import record_events
 from tallystick.usage.parts import STRIPE_MAX_AGE, delivery_timestamp, split_value
-from tallystick.usage.sealing import answer_seal_requests, seal_due, seal_everything
+from tallystick.usage.sealing import LOCK_DUE, answer_seal_requests, seal_due, seal_everything
 from tests.usage.making import (
     CUSTOMER,
+    METER,
     conservation,
     last_hour,
     make_boundaries,
     make_customer,
     make_event,
     make_meter,
+    nodes_of,
     read_all,
+    run,
 )
 
 DELIVERIES = "SELECT value, timestamp FROM usage_deliveries ORDER BY timestamp, seal"
@@ -151,6 +155,53 @@ async def test_a_boundary_learnt_after_the_events_cuts_their_total_before_it_is_
     )
     assert misplaced == []
     await conservation(resources)
+
+
+async def test_a_cut_moves_any_number_of_events(resources: Resources, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tallystick.usage.cuts.MOVED_AT_ONCE", 2)
+    await make_customer(resources)
+    await make_meter(resources)
+    await record(resources, *(make_event(f"e{n}", at=last_hour(10 * n)) for n in range(6)))
+    await make_boundaries(resources, last_hour(10))
+    assert await seal_everything(resources, datetime.now(UTC)) == 2
+    assert await read_all(resources, DELIVERIES) == [(1, unix(last_hour(0))), (5, unix(last_hour(10)))]
+    await conservation(resources)
+
+
+async def test_a_total_that_cannot_be_sealed_holds_up_no_other(resources: Resources) -> None:
+    await make_meter(resources)
+    for name in "abc":
+        await make_customer(resources, ref=name, customer=f"cus_{name}")
+    await record(resources, *(make_event(name, at=last_hour(), customer_ref=name) for name in "abc"))
+    await run(
+        resources,
+        "ALTER TABLE usage_deliveries ADD CONSTRAINT not_this_one CHECK (customer <> 'cus_a') NOT VALID",
+    )
+    try:
+        with pytest.raises(IntegrityError):
+            await seal_everything(resources, datetime.now(UTC))
+    finally:
+        await run(resources, "ALTER TABLE usage_deliveries DROP CONSTRAINT not_this_one")
+    sealed = "SELECT customer FROM usage_deliveries ORDER BY id"
+    assert await read_all(resources, sealed) == [("cus_b",), ("cus_c",)]
+    assert await seal_everything(resources, datetime.now(UTC)) == 1
+    assert await read_all(resources, sealed) == [("cus_b",), ("cus_c",), ("cus_a",)]
+
+
+async def test_sealing_looks_up_the_customers_of_its_totals_and_not_all(resources: Resources) -> None:
+    await run(
+        resources,
+        "INSERT INTO customers (id, ref) SELECT 'cus_' || n, 'ref_' || n FROM generate_series(1, 500) n",
+    )
+    await record(resources, *(make_event(ref, at=last_hour(), customer_ref=ref) for ref in ("ref_1", "cus_2")))
+    await run(resources, "ANALYZE")
+    ids = [id for (id,) in await read_all(resources, "SELECT id FROM usage_totals")]
+    parameters = {"meters": [METER], "formulas": ["sum"], "refs": ["ref_1", "cus_2"], "ids": ids}
+    async with db.transaction(resources.engine) as connection:
+        lock = f"EXPLAIN (ANALYZE, FORMAT JSON) {LOCK_DUE.format(due='true', locked='')}"
+        (plan,) = (await connection.execute(text(lock), parameters)).scalar_one()
+    looked_up = [node["Actual Rows"] for node in nodes_of(plan["Plan"]) if node.get("Relation Name") == "customers"]
+    assert 2 <= sum(looked_up) <= 10
 
 
 async def test_two_workers_that_seal_at_once_make_one_delivery(resources: Resources) -> None:

@@ -23,6 +23,11 @@ ADDITIVE = frozenset({"sum", "count"})
 
 NO_RULES = MeterRules()
 
+# The number of a total's open seal. What is sealed has smaller ones: a `count` total has one for each sealed event, and
+# those that stay open need not be written anew.
+COUNTED_OPEN_SEAL = 1_000_000_000
+FIRST_SEAL = f"CASE {{aggregation}} WHEN 'count' THEN {COUNTED_OPEN_SEAL} ELSE 1 END"
+
 # Events of any kind, and what the new ones among them add to their totals, which are locked. Of a counted value 16
 # bytes of a hash are kept: among 10⁹ values, two share them with a chance of 10⁻²⁰.
 RECORD_ANY = text("""

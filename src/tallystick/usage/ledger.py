@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tallystick.metrics import LEDGER_EVENTS
 from tallystick.rules import MeterRules
-from tallystick.usage.aggregations import RECORD_ANY, list_uniques
+from tallystick.usage.aggregations import FIRST_SEAL, RECORD_ANY, list_uniques
 from tallystick.usage.buckets import find_boundaries, find_bucket
 from tallystick.usage.events import Key, UsageEvent, plain
 
@@ -32,36 +32,39 @@ STAMP = text("""
 
 # A total for each customer, meter and bucket that has none yet. The aggregation is what the rules, or Stripe's meter,
 # say now; it stays what it was when the total was opened.
-OPEN_TOTALS = text("""
-    INSERT INTO usage_totals AS t (customer_ref, meter, bucket_start, bucket_end, aggregation)
-    SELECT r.customer_ref, r.meter, r.bucket_start, r.bucket_end, coalesce(r.declared, m.formula, 'sum')
+OPEN_TOTALS = text(f"""
+    INSERT INTO usage_totals AS t (customer_ref, meter, bucket_start, bucket_end, aggregation, seal)
+    SELECT r.customer_ref, r.meter, r.bucket_start, r.bucket_end, a.aggregation,
+           {FIRST_SEAL.format(aggregation="a.aggregation")}
       FROM json_to_recordset(CAST(:rows AS json))
         AS r(customer_ref text, meter text, bucket_start timestamptz, bucket_end timestamptz, declared text)
       LEFT JOIN (SELECT DISTINCT ON (event_name) event_name, formula FROM meters
                   WHERE formula IN ('sum', 'count', 'last')
                   ORDER BY event_name, status = 'active' DESC, refreshed_at DESC, id) m ON m.event_name = r.meter
+     CROSS JOIN LATERAL (SELECT coalesce(r.declared, m.formula, 'sum') AS aggregation) a
      ORDER BY r.customer_ref, r.meter, r.bucket_start
     ON CONFLICT (customer_ref, meter, bucket_start) DO NOTHING
-""")
+""")  # noqa: S608  a constant
 
 # Locks the totals, in one order for everybody, and tells which seal is open: an event is recorded under the seal that
 # will carry it. A boundary that was learnt since the bucket was opened is left to the seal, for only cutting moves what
-# lies behind it.
+# lies behind it. `whole`: no other boundary has cut the total, so that all events of the bucket belong to it.
 LOCKED = """
-    SELECT k.place, t.id, t.seal, t.aggregation, k.customer_ref, k.meter
+    SELECT k.place, t.id, t.seal, t.aggregation, t.bucket_end, t.bucket_end >= k.bucket_end AS whole,
+           k.customer_ref, k.meter
       FROM (SELECT * FROM unnest(CAST(:customer_refs AS text[]), CAST(:meters AS text[]),
-                                 CAST(:bucket_starts AS timestamptz[]))
-                          WITH ORDINALITY AS k(customer_ref, meter, bucket_start, place)
+                                 CAST(:bucket_starts AS timestamptz[]), CAST(:bucket_ends AS timestamptz[]))
+                          WITH ORDINALITY AS k(customer_ref, meter, bucket_start, bucket_end, place)
              ORDER BY customer_ref, meter, bucket_start) k
      CROSS JOIN LATERAL (
-           SELECT id, seal, aggregation FROM usage_totals
+           SELECT id, seal, aggregation, bucket_end FROM usage_totals
             WHERE customer_ref = k.customer_ref AND meter = k.meter AND bucket_start = k.bucket_start
               FOR UPDATE) t
 """
 LOCK_TOTALS = text(LOCKED)
 
 # The two halves of the one idea: the events that are new, and what they add to their totals. This is the quick form for
-# totals that add up and events without properties; RECORD_ANY is the whole one, and if it is needed for one of the
+# whole totals that add up and events without properties; RECORD_ANY is for all, and if it is needed for one of the
 # totals, nothing is inserted here. The totals are locked in the same statement, so that nobody waits for them while
 # this process makes parameters. Each event says where its total and its request stand among theirs, and columns are
 # cheaper than rows of JSON. Mostly all events are new: then their number says so.
@@ -77,7 +80,7 @@ RECORD = text(f"""
           JOIN locked l ON l.place = e.place
           JOIN unnest(CAST(:sources AS text[]), CAST(:stamped AS boolean[]), CAST(:received_at AS timestamptz[]))
                WITH ORDINALITY AS o(source, stamped, received_at, origin) ON o.origin = e.origin
-         WHERE (SELECT bool_and(aggregation IN ('sum', 'count')) FROM locked)
+         WHERE (SELECT bool_and(whole AND aggregation IN ('sum', 'count')) FROM locked)
          ORDER BY 1, 2, 3
         ON CONFLICT DO NOTHING
         RETURNING source, id, total_id, value
@@ -86,7 +89,7 @@ RECORD = text(f"""
           FROM (SELECT total_id, sum(value) AS quantity, count(*) AS events FROM inserted GROUP BY total_id) s
          WHERE t.id = s.total_id
     )
-    SELECT (SELECT bool_and(aggregation IN ('sum', 'count')) FROM locked) AS additive, count(*) AS number,
+    SELECT (SELECT bool_and(whole AND aggregation IN ('sum', 'count')) FROM locked) AS quick, count(*) AS number,
            CASE WHEN count(*) < :number THEN array_agg(source) END AS sources,
            CASE WHEN count(*) < :number THEN array_agg(id) END AS ids
       FROM inserted
@@ -178,6 +181,17 @@ async def _insert(
     if not events:
         return set()
     ends, places = await _find_totals(connection, events)
+    await _open_totals(connection, ends, rules)
+    if not any(event.properties for event in events):
+        inserted = await _insert_plain(connection, events, ends, places)
+        if inserted is not None:
+            return inserted
+    return await _insert_any(connection, events, ends, places, rules)
+
+
+async def _open_totals(
+    connection: AsyncConnection, ends: Mapping[_Total, datetime], rules: Mapping[str, MeterRules]
+) -> None:
     declared = {meter: _declared_aggregation(its_rules) for meter, its_rules in rules.items()}
     opened: list[dict[str, object]] = [
         {
@@ -190,13 +204,17 @@ async def _insert(
         for total, end in ends.items()
     ]
     await connection.execute(OPEN_TOTALS, {"rows": _rows(opened)})
+
+
+def _totals_to_lock(ends: Mapping[_Total, datetime]) -> dict[str, object]:
+    """The parameters of LOCKED. A total's place is its number among them, from 1."""
     refs, meters, starts = zip(*ends, strict=True)
-    totals = {"customer_refs": list(refs), "meters": list(meters), "bucket_starts": list(starts)}
-    if not any(event.properties for event in events):
-        inserted = await _insert_plain(connection, events, places, totals)
-        if inserted is not None:
-            return inserted
-    return await _insert_any(connection, events, places, totals, rules)
+    return {
+        "customer_refs": list(refs),
+        "meters": list(meters),
+        "bucket_starts": list(starts),
+        "bucket_ends": list(ends.values()),
+    }
 
 
 async def _find_totals(
@@ -223,15 +241,15 @@ async def _find_totals(
 
 
 async def _insert_plain(
-    connection: AsyncConnection, events: Sequence[UsageEvent], places: list[int], totals: Mapping[str, object]
+    connection: AsyncConnection, events: Sequence[UsageEvent], ends: Mapping[_Total, datetime], places: list[int]
 ) -> set[Key] | None:
-    """Insert events without properties; the keys of those that were new, or None if a total does not add up."""
+    """Insert events without properties; the keys of those that were new, or None if it needs RECORD_ANY."""
     sources, ids, _, _, values, timestamps, stamped, received, _ = zip(*events, strict=True)
     # What all events of a request have in common.
     requests = list(zip(sources, stamped, received, strict=True))
     origins = {request: place for place, request in enumerate(dict.fromkeys(requests), 1)}
     parameters = {
-        **totals,
+        **_totals_to_lock(ends),
         "ids": list(ids),
         "values": [plain(value) for value in values],
         "timestamps": list(timestamps),
@@ -244,7 +262,7 @@ async def _insert_plain(
     }
     await connection.execute(PLAN_FOR_THESE)
     inserted = (await connection.execute(RECORD, parameters)).one()
-    if not inserted.additive:
+    if not inserted.quick:
         return None
     if inserted.number == len(events):
         return {event.key for event in events}
@@ -254,12 +272,16 @@ async def _insert_plain(
 async def _insert_any(
     connection: AsyncConnection,
     events: Sequence[UsageEvent],
+    ends: dict[_Total, datetime],
     places: list[int],
-    totals: Mapping[str, object],
     rules: Mapping[str, MeterRules],
 ) -> set[Key]:
-    """Insert events for totals of any aggregation; the keys of those that were new."""
-    locked = {row.place: row for row in await connection.execute(LOCK_TOTALS, totals)}
+    """Insert events for totals of any aggregation, and behind any cut; the keys of those that were new."""
+    locked = await _lock_totals(connection, ends)
+    while any(event.timestamp >= locked[place].bucket_end for event, place in zip(events, places, strict=True)):
+        _go_behind_cuts(events, ends, places, locked)
+        await _open_totals(connection, ends, rules)
+        locked = await _lock_totals(connection, ends)
     counted = {row.id: row.meter for row in locked.values() if row.aggregation == "unique_count"}
     rows = _rows(
         _event_row(event) | {"total_id": locked[place].id, "seal": locked[place].seal}
@@ -267,6 +289,29 @@ async def _insert_any(
     )
     inserted = await connection.execute(RECORD_ANY, {"rows": rows, "uniques": list_uniques(counted, rules)})
     return {(source, id) for source, id in inserted}
+
+
+async def _lock_totals(connection: AsyncConnection, ends: Mapping[_Total, datetime]) -> dict[int, Any]:
+    return {row.place: row for row in await connection.execute(LOCK_TOTALS, _totals_to_lock(ends))}
+
+
+def _go_behind_cuts(
+    events: Sequence[UsageEvent], ends: dict[_Total, datetime], places: list[int], locked: Mapping[int, Any]
+) -> None:
+    """Give each event that lies behind the end of its total one that begins there, in `ends` and `places`.
+
+    A total ends before its bucket when a boundary was learnt, and its total cut, after this transaction had asked for
+    boundaries; or when the reference was another customer's before. What is cut stays so.
+    """
+    totals = list(ends)
+    numbers = {total: place for place, total in enumerate(totals, 1)}
+    for position, (event, place) in enumerate(zip(events, places, strict=True)):
+        cut_at = locked[place].bucket_end
+        if event.timestamp >= cut_at:
+            total = totals[place - 1]
+            behind = total._replace(bucket_start=cut_at)
+            ends.setdefault(behind, ends[total])
+            places[position] = numbers.setdefault(behind, len(ends))
 
 
 def _declared_aggregation(rules: MeterRules) -> str | None:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tallystick.usage.aggregations import COUNTED_OPEN_SEAL
 from tallystick.usage.events import MAX_AHEAD, MAX_DIGITS, plain
 from tallystick.usage.periods import Period, Usage, find_periods
 
@@ -38,22 +39,27 @@ SECOND = timedelta(seconds=1)
 # Any number; with the customer and the meter it lets one worker after the other say a running value.
 RUNNING_LOCK = 0x7A14
 
-# Each of the first `most` open events of a total gets a seal of its own; the others stay open, under the next one.
-NUMBER_EVENTS = text("""
-    WITH asked AS (
-        SELECT * FROM json_to_recordset(CAST(:rows AS json)) AS r(total_id bigint, seal integer)
-    ), numbered AS (
-        SELECT e.source, e.id, e.day, a.seal,
-               row_number() OVER (PARTITION BY e.total_id ORDER BY e.timestamp, e.source, e.id) - 1 AS number
-          FROM asked a JOIN usage_events e ON e.total_id = a.total_id AND e.seal = a.seal
-         WHERE e.day BETWEEN CAST(:first_day AS date) AND CAST(:last_day AS date)
-    ), moved AS (
-        UPDATE usage_events e SET seal = n.seal + least(n.number, :most)
-          FROM numbered n WHERE e.source = n.source AND e.id = n.id AND e.day = n.day
-        RETURNING e.total_id, e.seal, e.source, e.id, e.timestamp, n.number
+# Up to `most` open events of each total get seals of their own, after those that the total has; the others stay as they
+# are, under the open one.
+NUMBER_EVENTS = text(f"""
+    WITH numbered AS (
+        SELECT e.source, e.id, e.day,
+               greatest(sealed.last, 0)  -- what was voided has numbers below 1
+               + row_number() OVER (PARTITION BY a.total_id ORDER BY e.timestamp, e.source, e.id) AS seal
+          FROM json_to_recordset(CAST(:rows AS json)) AS a(total_id bigint, seal integer)
+         CROSS JOIN LATERAL (
+               SELECT source, id, day, timestamp FROM usage_events
+                WHERE total_id = a.total_id AND seal = a.seal
+                  AND day BETWEEN CAST(:first_day AS date) AND CAST(:last_day AS date)
+                LIMIT :most) e
+         CROSS JOIN LATERAL (
+               SELECT max(seal) AS last FROM usage_deliveries
+                WHERE total_id = a.total_id AND seal < {COUNTED_OPEN_SEAL}) sealed
     )
-    SELECT total_id, seal, source, id, timestamp FROM moved WHERE number < :most ORDER BY total_id, seal
-""")
+    UPDATE usage_events e SET seal = n.seal
+      FROM numbered n WHERE e.source = n.source AND e.id = n.id AND e.day = n.day
+    RETURNING e.total_id, e.seal, e.source, e.id, e.timestamp
+""")  # noqa: S608  a constant
 
 # When each total's latest event was. `new`: it is of the open seal, and no other reference of the customer has a later
 # one within the same second, which Stripe could not tell from it.
@@ -187,7 +193,7 @@ async def _list_counted(connection: AsyncConnection, totals: Sequence[Total], no
         NUMBER_EVENTS, {"rows": rows, "most": COUNTED_PER_SEAL, **_days(list(chosen.values()))}
     )
     parts = []
-    for total_id, seal, source, id, timestamp in numbered:
+    for total_id, seal, source, id, timestamp in sorted(numbered):
         total = chosen[total_id]
         at = delivery_timestamp(timestamp.replace(microsecond=0), total.bucket_end, now)
         parts.append(Part(total, seal, seal, Decimal(1), at, 1, of_event=(source, id)))

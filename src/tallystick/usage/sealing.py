@@ -19,10 +19,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 from sqlalchemy import TextClause, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tallystick import db
@@ -41,6 +42,7 @@ from tallystick.usage.parts import COUNTED_PER_SEAL, STRIPE_MAX_AGE, Part, Total
 # thousands, and the drain waits for what is locked.
 FOUND_AT_ONCE = 50_000
 TOTALS_PER_TRANSACTION = 1_000
+FAILURES_AT_MOST = 10
 
 # Usage of an hour that has just ended may still be on its way through Redis.
 SETTLE = timedelta(seconds=60)
@@ -194,24 +196,66 @@ async def _seal_all(
 ) -> int:
     rules = resources.rules.current(now).meters
     sealed = 0
+    failures: list[DBAPIError] = []
     more = True
     while more:
         async with db.transaction(resources.engine) as connection:
             routes = await _find_routes(connection, rules, resources.settings.sender)
             asked = {"meters": list(routes), "formulas": [route.formula for route in routes.values()], **parameters}
             found = (await connection.execute(text(FIND_DUE.format(due=due)), asked | {"limit": FOUND_AT_ONCE})).all()
-        lock = text(LOCK_DUE.format(due=due, locked=locked))
+        run = _Run(resources, now, rules, routes, text(LOCK_DUE.format(due=due, locked=locked)), asked)
         before, more = sealed, False
         for at in range(0, len(found), TOTALS_PER_TRANSACTION):
-            some = found[at : at + TOTALS_PER_TRANSACTION]
-            these = {"ids": [row.id for row in some], "refs": sorted({row.customer_ref for row in some})}
-            async with db.transaction(resources.engine) as connection:
-                count, again = await _seal_some(connection, now, lock, asked | these, routes, rules)
+            count, again = await _seal_or_seal_apart(run, found[at : at + TOTALS_PER_TRANSACTION], failures)
             sealed += count
             more |= again
         # Of what is sealed by another worker just now, that one takes care.
         more |= sealed > before and len(found) == FOUND_AT_ONCE
+    if failures:
+        raise failures[0]
     return sealed
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all transactions of one look for what is due have in common; `asked` are the parameters of `lock`."""
+
+    resources: Resources
+    now: datetime
+    rules: Mapping[str, MeterRules]
+    routes: Mapping[str, Route]
+    lock: TextClause
+    asked: Mapping[str, object]
+
+
+async def _seal_or_seal_apart(run: _Run, found: Sequence[Any], failures: list[DBAPIError]) -> tuple[int, bool]:
+    """Seal together; when PostgreSQL refuses, one by one, so that a total which cannot be sealed holds up no other.
+
+    What it refused goes into `failures`. It raises when the connection is lost, or they are many: it is not the totals.
+    """
+    try:
+        return await _seal_found(run, found)
+    except DBAPIError as error:
+        if error.connection_invalidated:
+            raise
+    sealed, more = 0, False
+    for one in found:
+        try:
+            count, again = await _seal_found(run, [one])
+        except DBAPIError as refused:
+            failures.append(refused)
+            if refused.connection_invalidated or len(failures) == FAILURES_AT_MOST:
+                raise
+        else:
+            sealed += count
+            more |= again
+    return sealed, more
+
+
+async def _seal_found(run: _Run, found: Sequence[Any]) -> tuple[int, bool]:
+    these = {"ids": [row.id for row in found], "refs": sorted({row.customer_ref for row in found})}
+    async with db.transaction(run.resources.engine) as connection:
+        return await _seal_some(connection, run, these)
 
 
 async def _find_routes(
@@ -230,25 +274,19 @@ async def _find_routes(
     return routes
 
 
-async def _seal_some(
-    connection: AsyncConnection,
-    now: datetime,
-    lock: TextClause,
-    asked: Mapping[str, object],
-    routes: Mapping[str, Route],
-    rules: Mapping[str, MeterRules],
-) -> tuple[int, bool]:
+async def _seal_some(connection: AsyncConnection, run: _Run, these: Mapping[str, object]) -> tuple[int, bool]:
     """Seal some totals; how many, and whether there is more to find: pieces that were cut off, or what stayed open."""
-    totals = [Total(*row) for row in await connection.execute(lock, asked)]
+    totals = [Total(*row) for row in await connection.execute(run.lock, {**run.asked, **these})]
     if not totals:
         return 0, False
-    if await cut_totals(connection, totals, rules):
+    if await cut_totals(connection, totals, run.rules):
         # The locked rows have changed, and may not be due any more. They stay locked, so this ends.
-        count, _ = await _seal_some(connection, now, lock, asked, routes, rules)
+        count, _ = await _seal_some(connection, run, these)
         return count, True
+    now = run.now
     installation = str(await connection.scalar(text("SELECT id FROM installation")))
     parts = await list_parts(connection, totals, now)
-    deliveries = [_write_delivery(installation, part, routes[part.total.meter], now) for part in parts]
+    deliveries = [_write_delivery(installation, part, run.routes[part.total.meter], now) for part in parts]
     await connection.execute(INSERT_DELIVERIES, {"now": now, **db.to_columns(_Delivery._fields, deliveries)})
     await announce_parked(connection, [delivery._asdict() for delivery in deliveries if delivery.state == "parked"])
     seals = _close(parts)
@@ -292,7 +330,9 @@ def _close(parts: Sequence[Part]) -> list[_Seal]:
         total, closed = part.total, seals.get(part.total.id)
         events = part.events + (closed.events if closed else 0)
         quantity = Decimal(events) if part.of_event else total.unsealed
-        seals[total.id] = _Seal(total.id, part.seal + 1, str(quantity), events)
+        # A counted event has a seal of its own; the open one stays.
+        next_seal = total.seal if part.of_event else part.seal + 1
+        seals[total.id] = _Seal(total.id, next_seal, str(quantity), events)
     return list(seals.values())
 
 

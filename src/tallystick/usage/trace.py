@@ -130,7 +130,7 @@ async def _trace(
         "aggregation": event["aggregation"],
         "quantity": plain(event["quantity"]),
         "events": event["events"],
-        "seal": event["seal"],
+        "seal": event["seal"] if sealed else None,
         "state": "sealed" if sealed else "open",
         "open_because": None if sealed else _why_open(event, price, held, now),
     }
