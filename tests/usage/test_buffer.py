@@ -1,6 +1,7 @@
 import asyncio
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -12,8 +13,10 @@ from tallystick.errors import TooBusy
 from tallystick.resources import Resources
 from tallystick.usage import buffer
 from tallystick.usage.buffer import (
+    CALLS_AT_ONCE,
     Buffer,
     BufferUnavailable,
+    Claim,
     acknowledge,
     buffered_bytes,
     claim_and_append,
@@ -121,6 +124,33 @@ async def test_what_goes_wrong_is_told_to_all_who_share_the_call_and_later_ones_
     assert [type(error) for error in refused] == [TooBusy] * 3
     await drain(resources, NOW)
     assert await shared.append([make_event("e0", at=HOUR_AGO)], NOW) == ["accepted"]
+
+
+async def test_one_who_comes_when_all_calls_end_at_once_does_not_wait_for_the_next(
+    resources: Resources, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting, answered = asyncio.Semaphore(0), asyncio.Event()
+
+    async def claim_together(*of: Any, **more: Any) -> list[Claim]:
+        claims = await claim_and_append(*of, **more)
+        waiting.release()
+        await answered.wait()
+        return claims
+
+    monkeypatch.setattr(buffer, "claim_and_append", claim_together)
+    shared = Buffer(resources.redis, settings)
+
+    async def append(*names: str) -> None:
+        for name in names:
+            assert await shared.append([make_event(name, at=HOUR_AGO)], NOW) == ["accepted"]
+
+    async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+        group.create_task(append("first", "third"))
+        await waiting.acquire()
+        for number in range(1, CALLS_AT_ONCE):
+            group.create_task(append(f"second {number}"))
+            await waiting.acquire()
+        answered.set()
 
 
 async def test_more_events_than_one_call_may_bring_go_in_several(resources: Resources, settings: Settings) -> None:

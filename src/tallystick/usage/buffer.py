@@ -125,7 +125,7 @@ class Buffer:
     def __init__(self, redis: Redis, settings: Settings) -> None:
         self._redis, self._settings = redis, settings
         self._waiting: deque[tuple[Sequence[UsageEvent], asyncio.Future[list[Claim]]]] = deque()
-        self._calls: set[asyncio.Task[None]] = set()
+        self._calls: set[asyncio.Task[None] | None] = set()
 
     async def append(self, events: Sequence[UsageEvent], now: datetime) -> list[Claim]:
         """Claim the ids and append the events whose id is new, on disk; one result for each event.
@@ -135,9 +135,7 @@ class Buffer:
         claimed: asyncio.Future[list[Claim]] = asyncio.get_running_loop().create_future()
         self._waiting.append((events, claimed))
         if len(self._calls) < CALLS_AT_ONCE:
-            call = asyncio.create_task(self._append_waiting(now), name="buffer")
-            self._calls.add(call)
-            call.add_done_callback(self._calls.discard)
+            self._calls.add(asyncio.create_task(self._append_waiting(now), name="buffer"))
         return await claimed
 
     async def _append_waiting(self, now: datetime) -> None:
@@ -158,6 +156,8 @@ class Buffer:
                 return_exceptions=True,  # what went wrong belongs to each of those who share the call
             )
             _tell(sharing, outcomes[0])
+        # At once, and not when the task is done: who comes between would wait for a call that is not made.
+        self._calls.discard(asyncio.current_task())
 
     def _take(self) -> list[tuple[Sequence[UsageEvent], asyncio.Future[list[Claim]]]]:
         sharing = [self._waiting.popleft()]

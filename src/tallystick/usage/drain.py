@@ -22,8 +22,8 @@ MAX_EVENTS_PER_TRANSACTION = 20_000
 # mostly touch the same totals, so that their transactions come one after the other, and a third lane would only wait.
 LANES = 2
 
-# Longer than a reading takes while PostgreSQL is well, so that mostly a drain has died whose entries are taken over. One
-# that is only slow has them recorded twice, which the ledger's key makes harmless.
+# Longer than a reading takes while PostgreSQL is well, so that mostly it is a dead drain whose entries are taken over.
+# Those of one that is only slow are recorded twice, which the ledger's key makes harmless.
 RECLAIM_AFTER = timedelta(seconds=15)
 
 CONSUMER = f"{socket.gethostname()}:{os.getpid()}"
