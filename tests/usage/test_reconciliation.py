@@ -158,6 +158,48 @@ async def test_what_all_of_the_unknown_ones_explain_is_settled_at_once(
     assert [state for _, state, _ in await read_all(resources, STATES)] == ["confirmed", "confirmed", "voided"]
 
 
+async def test_a_compensation_that_lags_does_not_make_lost_usage_look_found(
+    resources: Resources, fake_stripe: FakeStripe
+) -> None:
+    customer = await make_deliveries(resources, fake_stripe, "5", "7")
+    hour = int(last_hour(0).timestamp())
+    await run(resources, "UPDATE usage_deliveries SET timestamp = :hour", hour=hour)
+    await run(resources, "UPDATE usage_deliveries SET next_attempt_at = 'infinity' WHERE value = 7")
+    now = await deliver(resources)
+    await run(
+        resources,
+        "UPDATE usage_deliveries SET state = 'parked', reason = 'outcome_unknown', unknown_since = :now,"
+        " settled_at = :now WHERE value = 7",
+        now=now,
+    )
+    # What takes the 7 back was sent, and Stripe's summary does not show it yet: 5 - 7 + 7 would be Stripe's number.
+    await run(
+        resources,
+        """
+        INSERT INTO usage_deliveries (total_id, seal, opened_seal, customer, event_name, identifier, payload, value,
+                                      timestamp, state, settled_at)
+        SELECT total_id, 9, 9, customer, event_name, 'compensation', payload, -7, timestamp, 'sent', settled_at
+          FROM usage_deliveries WHERE value = 5
+        """,
+    )
+    await reconcile_sent(resources, now + ASK_AFTER)
+    assert await read_all(resources, STATES) == [
+        (-7, "sent", None),
+        (5, "sent", None),
+        (7, "parked", "outcome_unknown"),
+    ]
+
+    await fake_stripe.client.v1.billing.meter_events.create_async(
+        {"event_name": METER, "payload": {"stripe_customer_id": customer, "value": "-7"}, "timestamp": hour}
+    )
+    await reconcile_sent(resources, now + LAG)
+    assert await read_all(resources, STATES) == [
+        (-7, "confirmed", None),
+        (5, "confirmed", None),
+        (7, "pending", "not_in_summary"),
+    ]
+
+
 @pytest.mark.parametrize(("formula", "stripes"), [("count", 2), ("last", 4)])
 async def test_every_formula_is_compared_by_what_it_means(
     resources: Resources, fake_stripe: FakeStripe, formula: Any, stripes: int

@@ -124,6 +124,7 @@ READ_HOURS = text("""
            (array_agg(ARRAY[timestamp, id] ORDER BY timestamp DESC, id DESC)
                FILTER (WHERE state IN ('sent', 'confirmed')))[1:1] AS latest_key,
            array_remove(array_agg(id) FILTER (WHERE state = 'sent'), NULL) AS sent,
+           coalesce(bool_or(value < 0) FILTER (WHERE state = 'sent'), false) AS takes_back,
            array_agg(id ORDER BY timestamp, id) FILTER (WHERE unknown) AS unknown_ids,
            array_agg(value ORDER BY timestamp, id) FILTER (WHERE unknown) AS unknown_values,
            array_agg(timestamp ORDER BY timestamp, id) FILTER (WHERE unknown) AS unknown_at,
@@ -302,6 +303,7 @@ def _hour(row: Mapping[Any, Any]) -> Hour:
         latest=row["latest"],
         latest_key=tuple(row["latest_key"][0]) if row["latest_key"] else None,
         sent=tuple(row["sent"] or ()),
+        takes_back=row["takes_back"],
         unknown=tuple(unknown),
         on_its_way=row["on_its_way"],
         settled_at=row["settled_at"],
