@@ -235,7 +235,12 @@ async def reconcile_sent(resources: Resources, now: datetime) -> int:
                 await connection.execute(POSTPONE, pair | {"next_check_at": now + AGAIN_SOON})
             return False
 
-    return sum(await asyncio.gather(*(reconcile(*pair) for pair in pairs)))
+    # Each is awaited to its end: one that failed must leave none running beside the next run, or after the stop.
+    ended = await asyncio.gather(*(reconcile(*pair) for pair in pairs), return_exceptions=True)
+    for outcome in ended:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return ended.count(True)
 
 
 async def compare(
