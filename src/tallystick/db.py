@@ -47,6 +47,7 @@ def create_engine(settings: Settings, *, application_name: str) -> AsyncEngine:
         # Errors are logged; what was sent with a statement (references, ids) is nobody's business there.
         hide_parameters=True,
         connect_args={
+            "async_creator_fn": _connect,
             "timeout": CONNECT_TIMEOUT_SECONDS,
             "command_timeout": COMMAND_TIMEOUT_SECONDS,
             "server_settings": {
@@ -63,6 +64,15 @@ def create_engine(settings: Settings, *, application_name: str) -> AsyncEngine:
     )
     _replace_cut_connections(engine)
     return engine
+
+
+async def _connect(*arguments: Any, **options: Any) -> Any:
+    """A new connection of the driver's."""
+    try:
+        return await asyncpg.connect(*arguments, **options)
+    except RuntimeError as error:
+        # uvloop says it of a connection that was cut between two steps of opening it.
+        raise ConnectionResetError("PostgreSQL closed the connection while it was opened") from error
 
 
 def _replace_cut_connections(engine: AsyncEngine) -> None:

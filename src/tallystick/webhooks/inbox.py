@@ -261,7 +261,11 @@ class Inbox:
     async def _run(self) -> None:
         while batch := await self._take():
             WEBHOOK_BATCH_SIZE.observe(len(batch))
-            await self._settle(batch)
+            try:
+                await self._settle(batch)
+            except Exception as error:  # noqa: BLE001  the task's edge: if it ended, nobody would commit what comes next
+                log.error("stripe_events_not_settled", events=len(batch), **_place(error))
+                self._fail(batch, StorageFailed())
             await asyncio.sleep(GATHER_SECONDS)
 
     async def _take(self) -> list[tuple[StripeEvent, asyncio.Future[Verdict]]]:
@@ -297,14 +301,7 @@ class Inbox:
 
     async def _settle_failed(self, event: StripeEvent, committed: asyncio.Future[Verdict], error: Exception) -> None:
         """A bug of ours: let Stripe try again some times, in case the next release knows better, then set it aside."""
-        # The error's text may repeat what was sent; its class and the lines of code say enough.
-        log.error(
-            "stripe_event_failed",
-            event_id=event.id,
-            type=event.type,
-            error=type(error).__name__,
-            traceback="".join(format_tb(error.__traceback__)),
-        )
+        log.error("stripe_event_failed", event_id=event.id, type=event.type, **_place(error))
         try:
             async with asyncio.timeout(COMMIT_WITHIN_SECONDS), db.transaction(self._resources.engine) as connection:
                 quarantined = await _count_failure(connection, event, type(error).__name__)
@@ -321,6 +318,11 @@ class Inbox:
         for _, committed in batch:
             if not committed.done():  # done: its request was cancelled, or gave up waiting
                 committed.set_exception(problem)
+
+
+def _place(error: Exception) -> dict[str, str]:
+    # The error's text may repeat what was sent; its class and the lines of code say enough.
+    return {"error": type(error).__name__, "traceback": "".join(format_tb(error.__traceback__))}
 
 
 def _answer(committed: asyncio.Future[Verdict], verdict: Verdict) -> None:
