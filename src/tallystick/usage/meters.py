@@ -176,6 +176,8 @@ async def read_meters(connection: AsyncConnection) -> dict[str, Meter]:
 
 
 async def _read_table(cache: MeterCache, resources: Resources, now: datetime) -> None:
+    if cache.meters:
+        cache.read_at = now  # PostgreSQL may hang for seconds; whoever comes meanwhile uses what is known
     try:
         async with db.transaction(resources.engine) as connection:
             cache.meters = await read_meters(connection)
