@@ -103,8 +103,8 @@ async def find_meters(cache: MeterCache, resources: Resources, names: set[str], 
             type="stripe-unavailable",
             retry_after_seconds=5,
         ) from error
-    cache.asked_at = now
     await _read_table(cache, resources, now)
+    cache.asked_at = now  # not sooner: whoever came meanwhile would take a new meter for an unknown one
     return {name: cache.meters[name] for name in names & cache.meters.keys()}
 
 
