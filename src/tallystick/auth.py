@@ -30,6 +30,8 @@ FRESH_FOR = timedelta(seconds=10)
 FRESH_FOR_A_REFUSAL = timedelta(seconds=1)
 # While PostgreSQL is away, usage is still taken into Redis from keys that were valid at most this long ago.
 USABLE_FOR = timedelta(hours=1)
+# One that hangs costs each who asks it seconds. Meanwhile keys are used as they are known, and one request asks again.
+ASK_AGAIN_AFTER = timedelta(seconds=5)
 CACHE_SIZE = 10_000
 NOTE_USE_EVERY = timedelta(minutes=1)
 
@@ -83,11 +85,19 @@ class ApiKey:
 
 @dataclass
 class KeyCache:
-    """Keys as last read from PostgreSQL, so that a hot route does not ask for each request."""
+    """Keys as last read from PostgreSQL, so that a hot route does not ask for each request.
+
+    `ask_again_at`: PostgreSQL failed lately, and it is not asked for known keys until then; None while it works.
+    """
 
     entries: dict[str, tuple[datetime, ApiKey | None]] = field(default_factory=dict)
     noted: dict[str, datetime] = field(default_factory=dict)
+    ask_again_at: datetime | None = None
     limiter: Limiter = field(default_factory=Limiter)
+
+    def usable_for(self, now: datetime) -> timedelta:
+        """How long ago a key may have been read to be used without asking again."""
+        return USABLE_FOR if self.ask_again_at is not None and now < self.ask_again_at else FRESH_FOR
 
     def put(self, key_id: str, at: datetime, key: ApiKey | None) -> None:
         if len(self.entries) >= CACHE_SIZE:
@@ -161,7 +171,7 @@ async def authenticate(request: Request, scope: str) -> ApiKey:
     now = datetime.now(UTC)
     keys: KeyCache = request.app.state.keys
     engine: AsyncEngine = request.app.state.resources.engine
-    key = await _find_key(keys, engine, key_id, now, FRESH_FOR)
+    key = await _find_key(keys, engine, key_id, now, keys.usable_for(now))
     if not _matches(secret, key, now):
         key = await _find_key(keys, engine, key_id, now, FRESH_FOR_A_REFUSAL)
         if not _matches(secret, key, now):
@@ -206,13 +216,17 @@ async def _find_key(
     known = cache.entries.get(key_id)
     if known is not None and now - known[0] < fresh_for:
         return known[1]
+    if cache.ask_again_at is not None:
+        cache.ask_again_at = now + ASK_AGAIN_AFTER  # so that nobody else waits with this request
     try:
         async with db.transaction(engine) as connection:
             key = await _read_key(connection, key_id)
     except db.STORAGE_ERRORS as error:
+        cache.ask_again_at = datetime.now(UTC) + ASK_AGAIN_AFTER  # it may have taken seconds to fail
         if known is not None and now - known[0] < USABLE_FOR:
             return known[1]
         raise Unavailable("API keys cannot be checked right now.", retry_after_seconds=2) from error
+    cache.ask_again_at = None
     cache.put(key_id, now, key)
     return key
 
@@ -247,7 +261,7 @@ def _matches(secret: str, key: ApiKey | None, now: datetime) -> bool:
 async def _note_use(cache: KeyCache, engine: AsyncEngine, key_id: str, now: datetime) -> None:
     """Keep `last_used_at` right to the minute, which is enough for "may this key be revoked?"."""
     noted = cache.noted.get(key_id)
-    if noted is not None and now - noted < NOTE_USE_EVERY:
+    if cache.ask_again_at is not None or (noted is not None and now - noted < NOTE_USE_EVERY):
         return
     cache.noted[key_id] = now
     try:
@@ -260,7 +274,8 @@ async def _note_use(cache: KeyCache, engine: AsyncEngine, key_id: str, now: date
                 {"id": key_id, "now": now},
             )
     except db.STORAGE_ERRORS:
-        return  # a note for people; the request itself does not depend on it
+        # A note for people; the request itself does not depend on it.
+        cache.ask_again_at = datetime.now(UTC) + ASK_AGAIN_AFTER
 
 
 def _new_secret() -> str:

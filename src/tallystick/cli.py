@@ -171,10 +171,11 @@ def migrate() -> None:
 
     async def work(resources: Any) -> None:
         from tallystick import db
-        from tallystick.usage.partitions import keep_partitions
+        from tallystick.usage.partitions import make_partitions
 
         await db.migrate(resources.engine)
-        await keep_partitions(resources, datetime.now(UTC))
+        async with db.transaction(resources.engine) as connection:
+            await make_partitions(connection, datetime.now(UTC))
 
     with_resources(work)
     out.print("The database is up to date.")

@@ -2,11 +2,13 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, NullPool, event, text
@@ -45,6 +47,7 @@ def create_engine(settings: Settings, *, application_name: str) -> AsyncEngine:
         # Errors are logged; what was sent with a statement (references, ids) is nobody's business there.
         hide_parameters=True,
         connect_args={
+            "async_creator_fn": _connect,
             "timeout": CONNECT_TIMEOUT_SECONDS,
             "command_timeout": COMMAND_TIMEOUT_SECONDS,
             "server_settings": {
@@ -61,6 +64,15 @@ def create_engine(settings: Settings, *, application_name: str) -> AsyncEngine:
     )
     _replace_cut_connections(engine)
     return engine
+
+
+async def _connect(*arguments: Any, **options: Any) -> Any:
+    """A new connection of the driver's."""
+    try:
+        return await asyncpg.connect(*arguments, **options)
+    except RuntimeError as error:
+        # uvloop says it of a connection that was cut between two steps of opening it.
+        raise ConnectionResetError("PostgreSQL closed the connection while it was opened") from error
 
 
 def _replace_cut_connections(engine: AsyncEngine) -> None:
@@ -106,6 +118,11 @@ def is_storage_failure(error: BaseException) -> bool:
     return False
 
 
+def is_lock_timeout(error: DBAPIError) -> bool:
+    """Whether a lock was not to be had within `lock_timeout`."""
+    return getattr(error.orig, "sqlstate", None) == "55P03"
+
+
 STORAGE_ERRORS = (SQLAlchemyError, OSError, TimeoutError)
 
 
@@ -121,6 +138,29 @@ async def reading(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     """A connection for one statement that only reads: without BEGIN and COMMIT it costs one round trip, not three."""
     async with engine.connect() as connection:
         yield await connection.execution_options(isolation_level="AUTOCOMMIT")
+
+
+async def fetch_patiently(
+    connection: AsyncConnection, statement: str, parameters: Sequence[Any], patience: timedelta
+) -> list[Mapping[str, Any]]:
+    """Run a statement that may take longer than a request's may, within the connection's transaction; its rows.
+
+    Parameters are the driver's (`$1`). The rest of the transaction keeps the longer limit of the server. Raises
+    `TimeoutError` after `patience`, and `ConnectionError` for whatever else PostgreSQL says.
+    """
+    # The engine's connections give up after seconds, the server's side (`statement_timeout`) and the driver's alike,
+    # and SQLAlchemy cannot tell the driver to wait longer for one statement.
+    milliseconds = patience // timedelta(milliseconds=1)
+    await connection.execute(text(f"SET LOCAL statement_timeout = {milliseconds}"))
+    raw = await connection.get_raw_connection()
+    driver: Any = raw.driver_connection
+    try:
+        rows: list[Mapping[str, Any]] = await driver.fetch(statement, *parameters, timeout=patience.total_seconds() + 2)
+    except asyncpg.QueryCanceledError as error:
+        raise TimeoutError(f"it took longer than {patience}") from error
+    except asyncpg.PostgresError as error:
+        raise ConnectionError(f"PostgreSQL could not do it: {type(error).__name__}") from error
+    return rows
 
 
 def migrations_folder() -> Path:

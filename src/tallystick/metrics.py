@@ -119,6 +119,11 @@ DATABASE_RESTORED = Counter(
     "How often PostgreSQL was found to be older than what Redis remembers, and the ids in Redis were forgotten.",
     registry=REGISTRY,
 )
+OVERDUE_PARTITIONS = Gauge(
+    "tallystick_overdue_partitions",
+    "Days of usage events that are past the retention and could not be dropped yet; each hour it is tried again.",
+    registry=REGISTRY,
+)
 CONSERVATION_DIFFERENCE = Gauge(
     "tallystick_conservation_difference",
     "Quantity in the ledger minus quantity in all named states; anything but 0 is a bug.",

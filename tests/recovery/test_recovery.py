@@ -18,7 +18,7 @@ from tallystick.webhooks.translate import HANDLED_TYPES
 from tests.conftest import FakeStripe
 from tests.recovery.shop import Shop, access_of, differing, open_shop, refresh_all
 from tests.waiting import wait_until
-from tests.webhooks.stripe_events import read
+from tests.webhooks.stripe_events import let_an_hour_pass, read
 
 
 class Died(Exception):
@@ -305,7 +305,9 @@ async def test_an_event_that_we_fail_on_holds_up_no_other_and_ends_in_quarantine
         assert (await read_recovery(resources)).complete_until is None
 
         for _ in range(FAILURES_BEFORE_QUARANTINE - 2):
+            await let_an_hour_pass(resources)
             assert (await recover(resources, now())).failed == run.failed
+        await let_an_hour_pass(resources)
         assert (await recover(resources, now())).done
         quarantined = await read(resources, "SELECT id FROM stripe_events WHERE verdict = 'quarantined'")
         assert len(quarantined) == run.failed

@@ -13,7 +13,7 @@ from tallystick.webhooks.reading import Reader
 from tallystick.webhooks.recovery import recover
 from tallystick.webhooks.replay import Replayed, find_quarantined, replay
 from tests.recovery.shop import Shop, access_of, refresh_all
-from tests.webhooks.stripe_events import read
+from tests.webhooks.stripe_events import let_an_hour_pass, read
 
 
 def now() -> datetime:
@@ -89,6 +89,7 @@ async def test_events_in_quarantine_are_handled_once_the_bug_is_gone(
     await change(resources, f"ALTER TABLE customers ADD CONSTRAINT a_bug CHECK (id <> '{customer}')")
     try:
         for _ in range(FAILURES_BEFORE_QUARANTINE):
+            await let_an_hour_pass(resources)
             await recover(resources, now())
         quarantined = await find_quarantined(resources)
         assert event["id"] in quarantined

@@ -99,8 +99,7 @@ async def test_retired_days_count_in_the_whole_and_slices_begin_after_them(resou
     await record(resources, make_event("old", at=last_hour() - timedelta(days=3)), make_event("new", at=last_hour()))
     await run(resources, "UPDATE usage_totals SET aggregation = 'last' WHERE bucket_start < now() - interval '2 days'")
     today = datetime.now(UTC)
-    async with db.transaction(resources.engine) as connection:
-        await drop_partitions(connection, today.date() - timedelta(days=1))
+    await drop_partitions(resources, today.date() - timedelta(days=1))
     assert await read_all(resources, "SELECT sum(events), sum(quantity) FROM usage_retired") == [(1, 0)]
     assert (await conservation(resources)).events == 2
     async with db.transaction(resources.engine) as connection:

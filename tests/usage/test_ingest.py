@@ -25,6 +25,7 @@ from tallystick.resources import Resources, open_resources
 from tallystick.usage.buffer import Buffer
 from tallystick.usage.drain import drain
 from tallystick.usage.ingest import Breaker
+from tallystick.usage.meters import Meter, MeterCache, find_meters
 from tallystick.usage.restored import MARK
 from tests.conftest import FakeStripe, open_client
 from tests.usage.making import (
@@ -92,6 +93,25 @@ async def test_a_meter_made_at_stripe_a_moment_ago_is_found(client: httpx.AsyncC
         {"display_name": "New", "event_name": "new_meter", "default_aggregation": {"formula": "sum"}}
     )
     assert (await client.post("/v1/usage", json=event(meter="new_meter"))).status_code == 202
+
+
+async def test_a_meter_that_another_request_is_just_learning_of_is_not_called_unknown(
+    resources: Resources, fake_stripe: FakeStripe
+) -> None:
+    meanwhile: list[asyncio.Task[dict[str, Meter]]] = []
+
+    class Watched(MeterCache):
+        def __setattr__(self, name: str, value: object) -> None:
+            super().__setattr__(name, value)
+            if name == "asked_at" and value == NOW:
+                meanwhile.append(asyncio.create_task(find_meters(self, resources, {"new_meter"}, NOW)))
+
+    await fake_stripe.client.v1.billing.meters.create_async(
+        {"display_name": "New", "event_name": "new_meter", "default_aggregation": {"formula": "sum"}}
+    )
+    assert (await find_meters(Watched(), resources, {"new_meter"}, NOW)).keys() == {"new_meter"}
+    (other,) = meanwhile
+    assert (await other).keys() == {"new_meter"}
 
 
 async def test_while_stripe_cannot_be_asked_an_unknown_meter_is_not_refused_but_to_be_sent_again(

@@ -12,7 +12,6 @@ from tallystick.usage.buffer import IDS, claim_and_append
 from tallystick.usage.drain import drain
 from tallystick.usage.events import UsageEvent
 from tallystick.usage.ledger import Recorded, record_events
-from tallystick.usage.partitions import drop_partitions, make_partitions
 from tallystick.usage.sealing import seal_everything
 from tests.conftest import empty_stores
 from tests.usage.making import (
@@ -204,19 +203,6 @@ async def test_a_cut_while_usage_waits_for_its_total_leaves_nothing_behind_it_in
         (last_hour(0), boundary, Decimal(1)),
         (boundary, last_hour(60), Decimal(1)),
     ]
-
-
-async def test_dropped_partitions_leave_their_sums(resources: Resources) -> None:
-    now = datetime.now(UTC)
-    await record(
-        resources, make_event("old", at=now - timedelta(days=33), value="5"), make_event("new", at=last_hour())
-    )
-    async with db.transaction(resources.engine) as connection:
-        assert await drop_partitions(connection, (now - timedelta(days=30)).date()) > 0
-    assert (await conservation(resources)).accepted == 6
-    async with db.transaction(resources.engine) as connection:
-        assert await make_partitions(connection, now) > 0
-        assert await make_partitions(connection, now) == 0
 
 
 DAY = datetime.combine(date.today() - timedelta(days=3), datetime.min.time(), UTC)  # noqa: DTZ011

@@ -5,6 +5,8 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
 
 from tallystick.metrics import DRIFTS_OPEN, UNCONFIRMED_DELIVERIES
 from tallystick.resources import Resources
@@ -17,6 +19,7 @@ from tallystick.usage.reconciliation import ASK_AFTER, ASK_AFTER_WITH_DRAFT, LEA
 from tests.conftest import FakeStripe
 from tests.usage.making import METER, conservation, last_hour, make_customer, make_invoice, make_period, read_all, run
 from tests.usage.test_delivery import make_deliveries
+from tests.waiting import wait_until
 
 STATES = "SELECT value, state, reason FROM usage_deliveries ORDER BY value"
 DRIFTS = "SELECT ours, stripes, resolved_at IS NOT NULL FROM usage_drifts"
@@ -158,6 +161,48 @@ async def test_what_all_of_the_unknown_ones_explain_is_settled_at_once(
     assert [state for _, state, _ in await read_all(resources, STATES)] == ["confirmed", "confirmed", "voided"]
 
 
+async def test_a_compensation_that_lags_does_not_make_lost_usage_look_found(
+    resources: Resources, fake_stripe: FakeStripe
+) -> None:
+    customer = await make_deliveries(resources, fake_stripe, "5", "7")
+    hour = int(last_hour(0).timestamp())
+    await run(resources, "UPDATE usage_deliveries SET timestamp = :hour", hour=hour)
+    await run(resources, "UPDATE usage_deliveries SET next_attempt_at = 'infinity' WHERE value = 7")
+    now = await deliver(resources)
+    await run(
+        resources,
+        "UPDATE usage_deliveries SET state = 'parked', reason = 'outcome_unknown', unknown_since = :now,"
+        " settled_at = :now WHERE value = 7",
+        now=now,
+    )
+    # What takes the 7 back was sent, and Stripe's summary does not show it yet: 5 - 7 + 7 would be Stripe's number.
+    await run(
+        resources,
+        """
+        INSERT INTO usage_deliveries (total_id, seal, opened_seal, customer, event_name, identifier, payload, value,
+                                      timestamp, state, settled_at)
+        SELECT total_id, 9, 9, customer, event_name, 'compensation', payload, -7, timestamp, 'sent', settled_at
+          FROM usage_deliveries WHERE value = 5
+        """,
+    )
+    await reconcile_sent(resources, now + ASK_AFTER)
+    assert await read_all(resources, STATES) == [
+        (-7, "sent", None),
+        (5, "sent", None),
+        (7, "parked", "outcome_unknown"),
+    ]
+
+    await fake_stripe.client.v1.billing.meter_events.create_async(
+        {"event_name": METER, "payload": {"stripe_customer_id": customer, "value": "-7"}, "timestamp": hour}
+    )
+    await reconcile_sent(resources, now + LAG)
+    assert await read_all(resources, STATES) == [
+        (-7, "confirmed", None),
+        (5, "confirmed", None),
+        (7, "pending", "not_in_summary"),
+    ]
+
+
 @pytest.mark.parametrize(("formula", "stripes"), [("count", 2), ("last", 4)])
 async def test_every_formula_is_compared_by_what_it_means(
     resources: Resources, fake_stripe: FakeStripe, formula: Any, stripes: int
@@ -243,24 +288,66 @@ async def test_more_hours_than_stripe_lists_at_once_are_all_compared(
     assert await count_questions(fake_stripe) >= 3  # more if a call had to be made again
 
 
-async def test_a_customer_with_a_draft_invoice_is_asked_for_first(
-    resources: Resources, fake_stripe: FakeStripe
-) -> None:
-    now = datetime.now(UTC)
-    waits = await make_deliveries(resources, fake_stripe, "5")
-    ends = (await fake_stripe.client.v1.customers.create_async({})).id
-    await make_customer(resources, ref="globex", customer=ends)
+async def make_deliveries_of_two(resources: Resources, fake: FakeStripe) -> tuple[str, str]:
+    """The same delivery for each of two customers; their ids."""
+    first = await make_deliveries(resources, fake, "5")
+    second = (await fake.client.v1.customers.create_async({})).id
+    await make_customer(resources, ref="globex", customer=second)
     await run(
         resources,
         """
         INSERT INTO usage_deliveries (total_id, seal, opened_seal, customer, event_name, identifier, payload, value,
                                       timestamp)
-        SELECT total_id, 9, 9, :ends, event_name, 'other',
-               jsonb_set(payload, '{stripe_customer_id}', to_jsonb(CAST(:ends AS text))), value, timestamp
+        SELECT total_id, 9, 9, :second, event_name, 'other',
+               jsonb_set(payload, '{stripe_customer_id}', to_jsonb(CAST(:second AS text))), value, timestamp
           FROM usage_deliveries
         """,
-        ends=ends,
+        second=second,
     )
+    return first, second
+
+
+async def test_a_run_with_a_failure_ends_when_all_that_it_began_has_ended(
+    resources: Resources, fake_stripe: FakeStripe
+) -> None:
+    works, fails = await make_deliveries_of_two(resources, fake_stripe)
+    now = await deliver(resources)
+    # A database that refuses what is written of this customer stands for any bug of ours.
+    bug = f"CHECK (customer <> '{fails}' OR checked_at IS NULL)"
+    await run(resources, f"ALTER TABLE usage_checks ADD CONSTRAINT a_bug {bug}")
+    touch = text("UPDATE usage_deliveries SET value = value WHERE customer = :customer")
+    sessions = "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+
+    async def both_wait() -> bool:
+        return await read_all(resources, f"SELECT count(*) {sessions} AND wait_event_type = 'Lock'") == [(2,)]
+
+    async def one_is_left() -> bool:
+        busy = f"SELECT count(*) {sessions} AND state <> 'idle'"  # it, and the test's own that holds it up
+        return await read_all(resources, busy) == [(2,)]
+
+    try:
+        async with resources.engine.connect() as holding, resources.engine.connect() as letting_go:
+            await holding.execute(touch, {"customer": works})
+            await letting_go.execute(touch, {"customer": fails})
+            running = asyncio.create_task(reconcile_sent(resources, now + ASK_AFTER))
+            await wait_until(both_wait)
+            await letting_go.rollback()
+            await wait_until(one_is_left)
+            assert not running.done()
+            await holding.rollback()
+            with pytest.raises(IntegrityError):
+                await running
+    finally:
+        await run(resources, "ALTER TABLE usage_checks DROP CONSTRAINT a_bug")
+    confirmed = await read_all(resources, "SELECT customer FROM usage_deliveries WHERE state = 'confirmed'")
+    assert confirmed == [(works,)]
+
+
+async def test_a_customer_with_a_draft_invoice_is_asked_for_first(
+    resources: Resources, fake_stripe: FakeStripe
+) -> None:
+    now = datetime.now(UTC)
+    waits, ends = await make_deliveries_of_two(resources, fake_stripe)
     await make_period(resources, now - timedelta(days=30), now, customer=ends)
     await make_invoice(resources, customer=ends)
     now = await deliver(resources)

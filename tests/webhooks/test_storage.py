@@ -3,17 +3,22 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
+from typing import Any
 
+import asyncpg
 import httpx
 import pytest
 from fastapi import FastAPI
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from structlog.testing import capture_logs
 
-from tallystick import db
+from tallystick import auth, db
 from tallystick.resources import Resources
 from tallystick.webhooks import inbox
 from tests.conftest import Servers
+from tests.usage.making import METER, make_meter
 from tests.waiting import wait_until
 from tests.webhooks.own_postgres import connect_all, freeze, own_postgres, thaw
 from tests.webhooks.stripe_events import customer, event, post, read, read_access, subscription
@@ -55,13 +60,19 @@ async def assert_refused_then_applied(
     for table in ("stripe_events", "customers", "subscriptions", "subscription_items", "customer_access"):
         assert await read(resources, f"SELECT * FROM {table}") == [], table  # noqa: S608
 
+    repeat = await repeat_some_times(client, sent)
+    assert (repeat.status_code, repeat.json()) == (200, {"verdict": "applied"})
+    assert (await read_access(client))[0] == "active"
+
+
+async def repeat_some_times(client: httpx.AsyncClient, sent: object) -> httpx.Response:
+    """As Stripe does; a server that has just started may be slower than the short limits."""
     repeat = await post(client, sent)
     for _ in range(5):
         if repeat.status_code != 500:
             break
-        repeat = await post(client, sent)  # as Stripe does; what has just started may be slower than the short limits
-    assert (repeat.status_code, repeat.json()) == (200, {"verdict": "applied"})
-    assert (await read_access(client))[0] == "active"
+        repeat = await post(client, sent)
+    return repeat
 
 
 @pytest.mark.parametrize("how", ["stop", "kill"])
@@ -105,6 +116,51 @@ async def test_postgresql_is_frozen(
         frozen.extend(freeze(servers.postgres))
 
     await assert_refused_then_applied(client, resources, freeze_all, lambda: thaw(frozen))
+
+
+@pytest.mark.parametrize("told_as", [ConnectionResetError, RuntimeError, KeyError])
+async def test_who_listens_in_its_place_closes_every_connection(
+    app: FastAPI,
+    client: httpx.AsyncClient,
+    resources: Resources,
+    servers: Servers,
+    monkeypatch: pytest.MonkeyPatch,
+    told_as: type[Exception],
+) -> None:
+    """As a proxy does whose server is away. uvloop may tell it as a RuntimeError; KeyError stands for any surprise."""
+    monkeypatch.setattr(auth, "FRESH_FOR", timedelta(0))
+    await make_meter(resources)
+    usage = {"customer": "acme", "meter": METER, "value": "1"}
+    assert (await client.post("/v1/usage", json=usage | {"id": "before"})).status_code == 202
+    await connect_all(app)
+    connect = asyncpg.connect
+
+    async def connect_and_tell(*arguments: Any, **options: Any) -> Any:
+        try:
+            return await connect(*arguments, **options)
+        except OSError as error:
+            raise told_as("closed") from error
+
+    monkeypatch.setattr(asyncpg, "connect", connect_and_tell)
+    sent = [event("customer.created", customer(f"cus_{n}")) for n in range(inbox.BATCHES_AT_ONCE + 1)]
+    await asyncio.to_thread(servers.postgres.stop)
+    in_its_place = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", servers.postgres.port)
+    try:
+        with capture_logs() as logs:
+            answers = [await post(client, one) for one in sent]
+            meanwhile = await client.post("/v1/usage", json=usage | {"id": "meanwhile"})
+    finally:
+        in_its_place.close()
+        await in_its_place.wait_closed()
+        await asyncio.to_thread(servers.postgres.start)
+
+    assert {answer.json()["type"] for answer in answers} == {"urn:tallystick:problem:storage-failed"}
+    for one in sent:
+        assert (await repeat_some_times(client, one)).json() == {"verdict": "applied"}
+    if told_as is not KeyError:
+        assert meanwhile.status_code == 202
+        assert "stripe_event_failed" not in {line["event"] for line in logs}
+    assert await read(resources, "SELECT id FROM stripe_event_failures") == []
 
 
 async def test_postgresql_is_a_standby_that_is_promoted(

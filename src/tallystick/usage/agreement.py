@@ -29,8 +29,9 @@ class Hour:
     """One hour of what was sent to one meter for one customer.
 
     `total`, `number`, `latest` and `latest_key` (Unix seconds, id) are of the deliveries that Stripe took; `sent` are
-    the ids of those among them that are not confirmed. `unknown` are the others that it may have taken: id, value, Unix
-    seconds. `on_its_way`: one is being tried. `settled_at`: when the last of all was settled.
+    the ids of those among them that are not confirmed, and `takes_back` says that one of these has a negative value.
+    `unknown` are the others that it may have taken: id, value, Unix seconds. `on_its_way`: one is being tried.
+    `settled_at`: when the last of all was settled.
     """
 
     total: Decimal = Decimal(0)
@@ -38,6 +39,7 @@ class Hour:
     latest: Decimal | None = None
     latest_key: tuple[int, int] | None = None
     sent: tuple[int, ...] = ()
+    takes_back: bool = False
     unknown: tuple[tuple[int, Decimal, int], ...] = ()
     on_its_way: bool = False
     settled_at: datetime | None = None
@@ -93,7 +95,8 @@ def _explain_sum(hour: Hour, formula: str) -> list[_Explanation]:
     # Whether a 0 was taken changes nothing, and so nothing could tell.
     idle = tuple(id for id, value, _ in hour.unknown if formula == "sum" and value == 0)
     unknown = [(id, value) for id, value, _ in hour.unknown if id not in idle][:MOST_UNKNOWN]
-    only_grows = formula == "count" or all(value > 0 for _, value in unknown)
+    # Else Stripe may have more than all of it as long as what takes usage back is not in its summary yet.
+    only_grows = formula == "count" or not (hour.takes_back or any(value < 0 for _, value in unknown))
     explanations = []
     for size in range(len(unknown) + 1):
         for chosen in combinations(unknown, size):

@@ -10,10 +10,10 @@ from datetime import datetime, timedelta
 from decimal import Decimal, localcontext
 from typing import Any
 
-import asyncpg
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tallystick import db
 from tallystick.usage.events import plain
 
 STATES = ("open", "pending", "sending", "sent", "confirmed", "parked", "voided")
@@ -155,7 +155,7 @@ class Part:
 
 async def count_conservation(connection: AsyncConnection, patience: timedelta = WHOLE_LEDGER_TIMEOUT) -> Conservation:
     """Add up both sides of the whole ledger, in one statement and so from one snapshot."""
-    (row,) = await _fetch_patiently(connection, _COUNT, [], patience)
+    (row,) = await db.fetch_patiently(connection, _COUNT, [], patience)
     return _read(row)
 
 
@@ -181,7 +181,7 @@ async def count_slices(connection: AsyncConnection, wanted: Slice, patience: tim
     statement = COUNT_SLICES.format(
         chosen=where(conditions | times), days=where(days), delivered=_delivered("t.additive"), summed=_SUMMED
     )
-    rows = await _fetch_patiently(connection, statement, parameters, patience)
+    rows = await db.fetch_patiently(connection, statement, parameters, patience)
     return [Part(row["customer"], row["meter"], row["additive"], _read(row)) for row in rows]
 
 
@@ -189,24 +189,6 @@ async def find_first_day(connection: AsyncConnection) -> datetime | None:
     """The first instant whose single events are all still there; None while no partition was dropped yet."""
     day = await connection.scalar(FIND_FIRST_DAY)
     return None if day is None else datetime.fromisoformat(f"{day}T00:00:00+00:00")
-
-
-async def _fetch_patiently(
-    connection: AsyncConnection, statement: str, parameters: list[Any], patience: timedelta
-) -> list[Mapping[str, Any]]:
-    # The engine's connections give up after seconds, the server's side (`statement_timeout`) and the driver's alike,
-    # and SQLAlchemy cannot tell the driver to wait longer for one statement.
-    milliseconds = patience // timedelta(milliseconds=1)
-    await connection.execute(text(f"SET LOCAL statement_timeout = {milliseconds}"))
-    raw = await connection.get_raw_connection()
-    driver: Any = raw.driver_connection
-    try:
-        rows: list[Mapping[str, Any]] = await driver.fetch(statement, *parameters, timeout=patience.total_seconds() + 2)
-    except asyncpg.QueryCanceledError as error:
-        raise TimeoutError(f"adding up took longer than {patience}") from error
-    except asyncpg.PostgresError as error:
-        raise ConnectionError(f"PostgreSQL could not add up: {type(error).__name__}") from error
-    return rows
 
 
 def _read(row: Mapping[str, Any]) -> Conservation:

@@ -103,8 +103,8 @@ async def find_meters(cache: MeterCache, resources: Resources, names: set[str], 
             type="stripe-unavailable",
             retry_after_seconds=5,
         ) from error
-    cache.asked_at = now
     await _read_table(cache, resources, now)
+    cache.asked_at = now  # not sooner: whoever came meanwhile would take a new meter for an unknown one
     return {name: cache.meters[name] for name in names & cache.meters.keys()}
 
 
@@ -176,6 +176,8 @@ async def read_meters(connection: AsyncConnection) -> dict[str, Meter]:
 
 
 async def _read_table(cache: MeterCache, resources: Resources, now: datetime) -> None:
+    if cache.meters:
+        cache.read_at = now  # PostgreSQL may hang for seconds; whoever comes meanwhile uses what is known
     try:
         async with db.transaction(resources.engine) as connection:
             cache.meters = await read_meters(connection)

@@ -23,6 +23,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tallystick import db
+from tallystick.loops import all_ended
 from tallystick.resources import Resources
 from tallystick.stripe_gateway import STRIPE_ERRORS
 from tallystick.usage.agreement import Hour, Judgement, judge
@@ -124,6 +125,7 @@ READ_HOURS = text("""
            (array_agg(ARRAY[timestamp, id] ORDER BY timestamp DESC, id DESC)
                FILTER (WHERE state IN ('sent', 'confirmed')))[1:1] AS latest_key,
            array_remove(array_agg(id) FILTER (WHERE state = 'sent'), NULL) AS sent,
+           coalesce(bool_or(value < 0) FILTER (WHERE state = 'sent'), false) AS takes_back,
            array_agg(id ORDER BY timestamp, id) FILTER (WHERE unknown) AS unknown_ids,
            array_agg(value ORDER BY timestamp, id) FILTER (WHERE unknown) AS unknown_values,
            array_agg(timestamp ORDER BY timestamp, id) FILTER (WHERE unknown) AS unknown_at,
@@ -234,7 +236,7 @@ async def reconcile_sent(resources: Resources, now: datetime) -> int:
                 await connection.execute(POSTPONE, pair | {"next_check_at": now + AGAIN_SOON})
             return False
 
-    return sum(await asyncio.gather(*(reconcile(*pair) for pair in pairs)))
+    return sum(await all_ended(reconcile(*pair) for pair in pairs))
 
 
 async def compare(
@@ -302,6 +304,7 @@ def _hour(row: Mapping[Any, Any]) -> Hour:
         latest=row["latest"],
         latest_key=tuple(row["latest_key"][0]) if row["latest_key"] else None,
         sent=tuple(row["sent"] or ()),
+        takes_back=row["takes_back"],
         unknown=tuple(unknown),
         on_its_way=row["on_its_way"],
         settled_at=row["settled_at"],

@@ -14,7 +14,7 @@ event's id and its effect are one transaction.
 import asyncio
 from collections import deque
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from time import perf_counter
 from traceback import format_tb
 from typing import Literal
@@ -66,8 +66,10 @@ COMMIT_WITHIN_SECONDS = 8
 ANSWER_WITHIN_SECONDS = 9
 STOP_WITHIN_SECONDS = 10
 
-# Stripe tries again with growing pauses, so that this many failures of our own making are an hour or more apart.
+# Stripe tries again within minutes at first, and recovery each minute. Failures of our own making count an hour apart,
+# so that a release that is mended or taken back in time sets nothing aside.
 FAILURES_BEFORE_QUARANTINE = 5
+FAILURES_APART = timedelta(hours=1)
 
 # Also forgets earlier failures of the events: they are handled now.
 RECORD_EVENTS = text("""
@@ -89,6 +91,7 @@ NOTE_FOREIGN = text("""
 COUNT_FAILURE = text("""
     INSERT INTO stripe_event_failures AS t (id, type, failures, error) VALUES (:id, :type, 1, :error)
     ON CONFLICT (id) DO UPDATE SET failures = t.failures + 1, error = excluded.error, last_at = now()
+     WHERE t.last_at <= now() - CAST(:apart AS interval)
     RETURNING failures
 """)
 
@@ -261,7 +264,11 @@ class Inbox:
     async def _run(self) -> None:
         while batch := await self._take():
             WEBHOOK_BATCH_SIZE.observe(len(batch))
-            await self._settle(batch)
+            try:
+                await self._settle(batch)
+            except Exception as error:  # noqa: BLE001  the task's edge: if it ended, nobody would commit what comes next
+                log.error("stripe_events_not_settled", events=len(batch), **_place(error))
+                self._fail(batch, StorageFailed())
             await asyncio.sleep(GATHER_SECONDS)
 
     async def _take(self) -> list[tuple[StripeEvent, asyncio.Future[Verdict]]]:
@@ -297,14 +304,7 @@ class Inbox:
 
     async def _settle_failed(self, event: StripeEvent, committed: asyncio.Future[Verdict], error: Exception) -> None:
         """A bug of ours: let Stripe try again some times, in case the next release knows better, then set it aside."""
-        # The error's text may repeat what was sent; its class and the lines of code say enough.
-        log.error(
-            "stripe_event_failed",
-            event_id=event.id,
-            type=event.type,
-            error=type(error).__name__,
-            traceback="".join(format_tb(error.__traceback__)),
-        )
+        log.error("stripe_event_failed", event_id=event.id, type=event.type, **_place(error))
         try:
             async with asyncio.timeout(COMMIT_WITHIN_SECONDS), db.transaction(self._resources.engine) as connection:
                 quarantined = await _count_failure(connection, event, type(error).__name__)
@@ -323,15 +323,21 @@ class Inbox:
                 committed.set_exception(problem)
 
 
+def _place(error: Exception) -> dict[str, str]:
+    # The error's text may repeat what was sent; its class and the lines of code say enough.
+    return {"error": type(error).__name__, "traceback": "".join(format_tb(error.__traceback__))}
+
+
 def _answer(committed: asyncio.Future[Verdict], verdict: Verdict) -> None:
     if not committed.done():
         committed.set_result(verdict)
 
 
 async def _count_failure(connection: AsyncConnection, event: StripeEvent, error: str) -> bool:
-    """Count a failure of ours to handle an event; true when it is now in quarantine."""
-    counted = await connection.execute(COUNT_FAILURE, {"id": event.id, "type": event.type, "error": error})
-    if counted.scalar_one() < FAILURES_BEFORE_QUARANTINE:
+    """Count a failure of ours to handle an event, if it is time to; true when it is now in quarantine."""
+    values = {"id": event.id, "type": event.type, "error": error, "apart": FAILURES_APART}
+    failures: int | None = await connection.scalar(COUNT_FAILURE, values)  # None: the last one is not an hour ago
+    if failures is None or failures < FAILURES_BEFORE_QUARANTINE:
         return False
     row = _event_row(event, Translation(unusable=error))
     await connection.execute(RECORD_EVENTS, {"ids": [event.id], "rows": _dump([row])})

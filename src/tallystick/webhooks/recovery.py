@@ -268,7 +268,7 @@ def _share(under_way: Pass, reached: datetime | None) -> float:
 async def _submit_unknown(resources: Resources, inbox: Inbox, listed: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
     """Run those events of a page through the inbox that are not recorded; how many were recovered, and how many failed.
 
-    An event that our own code fails on is counted there, and in quarantine after some passes.
+    An event that our own code fails on is counted there, and in quarantine after some hours.
     """
     async with db.transaction(resources.engine) as connection:
         known = set((await connection.execute(FIND_KNOWN, {"ids": [event["id"] for event in listed]})).scalars())
