@@ -106,7 +106,7 @@ async def receive_webhook(request: Request) -> Response:
     settings = resources.settings
     try:
         endpoint = find_endpoint(resources, request.path_params.get("endpoint"), datetime.now(UTC))
-        raw = await read_body(request, MAX_BODY_BYTES)
+        raw = await read_body(request, MAX_BODY_BYTES, request.app.state.arriving_webhooks)
         signature = request.headers.get("stripe-signature")
         event = read_event(raw, signature, endpoint, settings.webhook_tolerance_seconds, datetime.now(UTC))
         bind_contextvars(event_id=event.id)
