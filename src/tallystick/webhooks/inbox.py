@@ -4,7 +4,8 @@
                          mode (verification.py)
     2. translate         what the event says about the mirror (a pure function)
     3. commit a batch    events that wait together share one transaction: ids, the mirror, access, requests to seal
-    4. answer            200 after the commit; 500 when it failed, and Stripe sends the event again for three days
+    4. answer            200 after the commit; 500 when it failed, 503 when too many wait for theirs, and Stripe sends
+                         the event again for three days
 
 Nothing is written before 1 holds. What a crash leaves behind: before the commit, nothing, and Stripe sends again;
 between the commit and the answer, everything, and the repeat is a duplicate. There is no state in between, because the
@@ -31,7 +32,7 @@ from tallystick import db, tracing
 from tallystick.access.state import recompute_access
 from tallystick.access.timeline import lines_of
 from tallystick.bodies import read_body
-from tallystick.errors import Problem, StorageFailed
+from tallystick.errors import Problem, StorageFailed, Unavailable
 from tallystick.metrics import WEBHOOK_BATCH_SIZE, WEBHOOK_EVENTS, WEBHOOK_REFUSED, WEBHOOK_SECONDS
 from tallystick.mirror.apply import apply_changes
 from tallystick.mirror.changes import InvoiceChange
@@ -60,6 +61,7 @@ BATCHES_AT_ONCE = 2
 GATHER_SECONDS = 0.002
 # Some seconds of work. Whoever comes later is better served by Stripe's own retry than by a timeout.
 MAX_WAITING = 2_000
+RETRY_AFTER_SECONDS = 5
 
 # A transaction ends before the answer is due, and the answer before the 10 s after which a sender may have given up.
 COMMIT_WITHIN_SECONDS = 8
@@ -99,7 +101,7 @@ async def receive_webhook(request: Request) -> Response:
     200 `{"verdict": …}` once it is committed: `applied`, `stale` (the mirror knows something newer), `duplicate`,
     `ignored` (nothing of it is mirrored) or `quarantined` (it could not be understood); and `not_served`, with nothing
     written, for another connected account or mode than the endpoint's. Problems: 400 it cannot be trusted or is not for
-    us, 404 no such endpoint, 413 it is too large, 500 it could not be stored.
+    us, 404 no such endpoint, 413 it is too large, 500 it could not be stored, 503 too much comes at once.
     """
     resources: Resources = request.app.state.resources
     inbox: Inbox = request.app.state.inbox
@@ -239,7 +241,9 @@ class Inbox:
         self._fail(list(self._waiting), StorageFailed("The service is stopping."))
 
     async def submit(self, event: StripeEvent) -> Verdict:
-        """Wait until the event is committed. Raises `StorageFailed` when it was not, or not in time.
+        """Wait until the event is committed.
+
+        Raises `StorageFailed` when it was not, or not in time, and `Unavailable` when too many wait already.
 
         A caller that goes away changes nothing: the event is committed with its batch.
         """
@@ -250,7 +254,7 @@ class Inbox:
                     if not self._open:
                         raise StorageFailed("The service is stopping.")
                     if len(self._waiting) >= MAX_WAITING:
-                        raise StorageFailed("Too many events are waiting.")
+                        raise Unavailable("Too many events are waiting.", retry_after_seconds=RETRY_AFTER_SECONDS)
                     self._waiting.append((event, committed))
                     self._arrived.notify()
                 return await committed
