@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import httpx
 import pytest
@@ -11,9 +12,11 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from tallystick import db
+from tallystick.app import create_app
+from tallystick.config import Settings
 from tallystick.resources import Resources
 from tallystick.webhooks import inbox
-from tests.conftest import Servers
+from tests.conftest import Servers, open_client
 from tests.waiting import wait_until
 from tests.webhooks.own_postgres import connect_all, freeze, own_postgres, thaw
 from tests.webhooks.stripe_events import customer, event, post, read, read_access, subscription
@@ -248,6 +251,31 @@ async def test_what_was_taken_is_committed_before_the_stop(
 
     assert (await taken).json() == {"verdict": "applied"}
     assert refused.status_code == 500
+
+
+async def test_a_frozen_server_does_not_keep_the_process_from_its_end(
+    settings: Settings, resources: Resources, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "COMMAND_TIMEOUT_SECONDS", 60)
+    monkeypatch.setattr(inbox, "COMMIT_WITHIN_SECONDS", 60)
+    monkeypatch.setattr(inbox, "ANSWER_WITHIN_SECONDS", 60)
+    monkeypatch.setattr(inbox, "STOP_WITHIN_SECONDS", 0.1)
+    monkeypatch.setattr("tallystick.resources.CLOSE_WITHIN_SECONDS", 0.1)
+    ending = create_app(settings)
+    async with AsyncExitStack() as afterwards:
+        async with asyncio.timeout(15), ending.router.lifespan_context(ending):
+            client = await afterwards.enter_async_context(open_client(ending, None))
+            pool: Any = ending.state.resources.engine.pool
+            await connect_all(ending)
+            afterwards.callback(thaw, freeze(servers.postgres))
+            waiting = asyncio.create_task(post(client, event("customer.created", customer())))
+
+            async def is_being_committed() -> bool:
+                return bool(pool.checkedout())
+
+            await wait_until(is_being_committed)
+            waiting.cancel()  # as the server does with what it cannot answer in time
+        assert waiting.cancelled()
 
 
 @asynccontextmanager

@@ -66,7 +66,8 @@ RETRY_AFTER_SECONDS = 5
 # A transaction ends before the answer is due, and the answer before the 10 s after which a sender may have given up.
 COMMIT_WITHIN_SECONDS = 8
 ANSWER_WITHIN_SECONDS = 9
-STOP_WITHIN_SECONDS = 10
+# Nobody waits for what is not committed when the process stops: its requests were answered, or cut off.
+STOP_WITHIN_SECONDS = 2
 
 # Stripe tries again with growing pauses, so that this many failures of our own making are an hour or more apart.
 FAILURES_BEFORE_QUARANTINE = 5
