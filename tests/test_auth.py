@@ -37,6 +37,15 @@ async def test_a_key_with_another_secret_is_refused(app: FastAPI, resources: Res
     assert (await ask(app, key[:-1] + ("a" if key[-1] != "a" else "b"))).status_code == 401
 
 
+async def test_ids_that_were_never_given_out_are_neither_looked_up_nor_remembered(app: FastAPI) -> None:
+    known = app.state.keys.entries
+    for key_id in ("a", "0123456789AB", "0123456789abc", "0" * 4_000):
+        assert (await ask(app, f"tsk_{key_id}_secret")).status_code == 401
+    assert not known
+    assert (await ask(app, "tsk_0123456789ab_secret")).status_code == 401
+    assert list(known) == ["0123456789ab"]  # that one may have been given out
+
+
 async def test_an_expired_key_is_refused(app: FastAPI, resources: Resources) -> None:
     key = await make_key(resources, expires_at=datetime.now(UTC) - timedelta(seconds=1))
     assert (await ask(app, key)).status_code == 401

@@ -11,8 +11,11 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from tallystick.cli import app
+from tallystick import loops
+from tallystick.cli import ANSWER_WITHIN_SECONDS, app
 from tallystick.config import Settings
+from tallystick.resources import CLOSE_WITHIN_SECONDS
+from tallystick.webhooks import inbox
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,14 @@ def test_every_service_runs_a_command_that_exists(compose: dict[str, Any]) -> No
     for program, command in commands.values():
         assert program == "tallystick"
         assert command in command_names()
+
+
+def test_every_service_has_the_time_to_end_what_it_has_begun(compose: dict[str, Any]) -> None:
+    closing = 2 * CLOSE_WITHIN_SECONDS  # of what was cut short, and of all else
+    needed = max(ANSWER_WITHIN_SECONDS + inbox.STOP_WITHIN_SECONDS, loops.STOP_WITHIN_SECONDS) + closing
+    assert needed <= 25  # as docs/operations.md says
+    for service in own_services(compose).values():
+        assert int(service["stop_grace_period"].removesuffix("s")) >= needed + 5
 
 
 def test_every_service_starts_after_what_it_needs(compose: dict[str, Any]) -> None:

@@ -19,13 +19,13 @@ from tallystick import __version__, db, health
 from tallystick.access import links as access_links
 from tallystick.access import routes as access_routes
 from tallystick.auth import KeyCache
-from tallystick.bodies import LimitedBodies
+from tallystick.bodies import Arriving, BodyRefused, LimitedBodies
 from tallystick.browsers import Browsers
 from tallystick.config import Settings
 from tallystick.crowd import Crowd
 from tallystick.db import is_storage_failure
 from tallystick.end_users import EndUsers
-from tallystick.errors import PROBLEM_MEDIA_TYPE, InvalidRequest, NotFound, Problem, TooLarge, Unavailable
+from tallystick.errors import PROBLEM_MEDIA_TYPE, InvalidRequest, NotFound, Problem, Unavailable
 from tallystick.limits import Limiter
 from tallystick.observer import Observer
 from tallystick.openapi import describe_plain_routes
@@ -50,6 +50,12 @@ CORS_ROUTES = {"/v1/portal/sessions": "POST"}
 # The largest body of a route below: a hundred references of a hundred characters, each of them escaped.
 MAX_JSON_BYTES = 256 * 1024
 
+# What bodies that are still arriving may hold of a process's memory. Each kind has its own share, so that none of them
+# can use up another's. Usage is read from holders of a key only, the other two from anybody.
+ARRIVING_USAGE_BYTES = 64 * 2**20
+ARRIVING_WEBHOOK_BYTES = 32 * 2**20
+ARRIVING_JSON_BYTES = 16 * 2**20
+
 
 def create_app(settings: Settings) -> FastAPI:
     """The application over these settings. Nothing is connected before it starts up."""
@@ -64,6 +70,8 @@ def create_app(settings: Settings) -> FastAPI:
             app.state.access_reader = access_routes.AccessReader(resources.engine)
             app.state.meters = MeterCache()
             app.state.breaker = Breaker()
+            app.state.arriving_usage = Arriving(ARRIVING_USAGE_BYTES)
+            app.state.arriving_webhooks = Arriving(ARRIVING_WEBHOOK_BYTES)
             app.state.buffer = Buffer(resources.redis, settings)
             await notice_restore(resources)
             app.state.inbox = Inbox(resources)
@@ -117,7 +125,8 @@ def create_app(settings: Settings) -> FastAPI:
     build: Callable[[], ASGIApp] = app.build_middleware_stack
 
     def build_around() -> ASGIApp:
-        inner = PlainRoutes(LimitedBodies(build(), MAX_JSON_BYTES), plain_routes, answer_error)
+        limited = LimitedBodies(build(), MAX_JSON_BYTES, Arriving(ARRIVING_JSON_BYTES))
+        inner = PlainRoutes(limited, plain_routes, answer_error)
         return Observer(Browsers(Crowd(inner), settings.cors_origins, CORS_ROUTES))
 
     app.build_middleware_stack = build_around  # type: ignore[method-assign]
@@ -136,6 +145,8 @@ async def answer_error(request: Request, error: Exception) -> Response:
     """The answer to what a plain route raised, as FastAPI finds it for the others by the table in `create_app`."""
     if isinstance(error, Problem):
         return await answer_problem(request, error)
+    if isinstance(error, HTTPException):
+        return await answer_http_error(request, error)
     if isinstance(error, SQLAlchemyError | OSError):
         return await answer_storage_error(request, error)
     return await answer_bug(request, error)
@@ -161,12 +172,12 @@ def _field(location: Any) -> str:
 
 
 async def answer_http_error(request: Request, error: Exception) -> Response:
-    """Starlette's own: no such path, no such method."""
+    """Starlette's own: no such path, no such method; and what was found while a body was read."""
     assert isinstance(error, HTTPException)
+    if isinstance(error, BodyRefused):
+        return await answer_problem(request, error.problem)
     if error.status_code == 404:
         return await answer_problem(request, NotFound(f"There is no {request.url.path!a}; see /docs."))
-    if error.status_code == 413:
-        return await answer_problem(request, TooLarge(error.detail))
     problem = InvalidRequest(error.detail, status=error.status_code, type="http-error")
     return JSONResponse(problem.body(), problem.status, error.headers, PROBLEM_MEDIA_TYPE)
 

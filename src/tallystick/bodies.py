@@ -6,7 +6,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tallystick.errors import InvalidRequest, TooLarge, Unsupported
+from tallystick.errors import InvalidRequest, Problem, TooLarge, Unavailable, Unsupported
 
 # RFC 9110, 8.4.1.3: `x-gzip` is the old name of `gzip`.
 GZIP = frozenset({"gzip", "x-gzip"})
@@ -15,55 +15,103 @@ GZIP_HEADER = 16 + zlib.MAX_WBITS  # tells zlib to expect gzip's header and chec
 MAX_GZIP_MEMBERS = 1_000
 
 
-async def read_body(request: Request, limit_bytes: int) -> bytes:
-    """The raw body. Raises `TooLarge` (413) as soon as it is known to exceed the limit, before the rest is read."""
-    declared = request.headers.get("content-length", "0")
-    if not declared.isdecimal():
+class Arriving:
+    """The bodies of one kind that are arriving at a process: how many bytes they may have together.
+
+    A body that is complete does not count: it is worked on, refused, or gone. So a small one, which comes in one piece,
+    passes however many others have begun and are not ended.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.left = limit_bytes
+
+    def take(self, number: int) -> None:
+        """Count bytes, to be given back when the body is complete or given up. Raises `Unavailable` (503)."""
+        if number > self.left:
+            raise Unavailable("Too much is being sent at once; send it again.", retry_after_seconds=1)
+        self.left -= number
+
+
+class BodyRefused(HTTPException):
+    """A problem that is found while a body is read: FastAPI lets no other kind of error through there."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.status, problem.detail)
+        self.problem = problem
+
+
+async def read_body(request: Request, limit_bytes: int, arriving: Arriving) -> bytes:
+    """The raw body.
+
+    Raises `TooLarge` (413) as soon as it is known to exceed the limit, before the rest is read, and `Unavailable` (503)
+    when too much is arriving.
+    """
+    given = request.headers.get("content-length", "0")
+    if not given.isdecimal():
         raise InvalidRequest("Content-Length is not a number.", status=400)
-    if len(declared) > 18 or int(declared) > limit_bytes:  # int() itself refuses thousands of digits
+    if len(given) > 18 or (declared := int(given)) > limit_bytes:  # int() itself refuses thousands of digits
         raise _too_large(limit_bytes)
     chunks: list[bytes] = []
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit_bytes:
-            raise _too_large(limit_bytes)
-        chunks.append(chunk)
+    size = counted = 0
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limit_bytes:
+                raise _too_large(limit_bytes)
+            if size != declared:
+                arriving.take(len(chunk))
+                counted += len(chunk)
+            chunks.append(chunk)
+    finally:
+        arriving.left += counted
     return b"".join(chunks)
 
 
 class LimitedBodies:
-    """The application, with a limit on the bodies that FastAPI would read however large they are.
+    """The application, with limits on the bodies that FastAPI would read however large and many they are.
 
     The plain routes read theirs with `read_body` and limits of their own (plain_routes.py).
     """
 
-    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, limit_bytes: int, arriving: Arriving) -> None:
         self.app = app
         self.limit_bytes = limit_bytes
+        self.arriving = arriving
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        size = 0
+        size = counted = 0
 
-        async def receive_within_limit() -> Message:
-            nonlocal size
+        async def receive_within_limits() -> Message:
+            nonlocal size, counted
             message = await receive()
-            size += len(message.get("body", b""))
+            number = len(message.get("body", b""))
+            size += number
             if size > self.limit_bytes:
-                # The one kind of error that FastAPI lets through while it reads a body.
-                raise HTTPException(413, f"The body may have at most {self.limit_bytes} bytes.")
+                raise BodyRefused(_too_large(self.limit_bytes))
+            if message.get("more_body"):
+                try:
+                    self.arriving.take(number)
+                except Unavailable as problem:
+                    raise BodyRefused(problem) from None
+                counted += number
+            else:
+                self.arriving.left += counted
+                counted = 0
             return message
 
-        await self.app(scope, receive_within_limit, send)
+        try:
+            await self.app(scope, receive_within_limits, send)
+        finally:
+            self.arriving.left += counted
 
 
-async def read_decoded_body(request: Request, limit_bytes: int) -> bytes:
+async def read_decoded_body(request: Request, limit_bytes: int, arriving: Arriving) -> bytes:
     """The body after its `Content-Encoding` (RFC 9110, 8.4), of which `gzip` is understood.
 
-    The limit holds before and after. Raises `TooLarge` (413), `Unsupported` (415) for other encodings, and
+    The limit holds before and after. Raises what `read_body` raises, `Unsupported` (415) for other encodings, and
     `InvalidRequest` (400) for a stream that is damaged or ends early.
     """
     given = ",".join(request.headers.getlist("content-encoding"))
@@ -74,7 +122,7 @@ async def read_decoded_body(request: Request, limit_bytes: int) -> bytes:
             type="unsupported-encoding",
             header=("Accept-Encoding", "gzip, identity"),
         )
-    raw = await read_body(request, limit_bytes)
+    raw = await read_body(request, limit_bytes, arriving)
     return _gunzip(raw, limit_bytes) if encodings else raw
 
 

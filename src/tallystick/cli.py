@@ -104,6 +104,10 @@ def fake_stripe(
 # unless set, which is a few requests; a request of 1,000 events holds some ten thousand at once.
 YOUNG_OBJECTS = 20_000
 
+# For the requests that were begun when a process is to stop: longer than one that waits for its commit may take (see
+# db.py). With what inbox.py and resources.py add to it, a process ends within 25 s.
+ANSWER_WITHIN_SECONDS = 15
+
 # Far more connections than one process can serve.
 MAX_OPEN_FILES = 65_536
 
@@ -140,8 +144,7 @@ def serve() -> None:
         server_header=False,
         # Who called, and by which scheme, is asked nowhere: what a proxy says of it need not be read.
         proxy_headers=False,
-        # Longer than the slowest request that may still be waiting for its commit (see db.py).
-        timeout_graceful_shutdown=15,
+        timeout_graceful_shutdown=ANSWER_WITHIN_SECONDS,
         # Above the usual 60 s of load balancers: whoever closes first must not be us, in the middle of a request.
         timeout_keep_alive=75,
     )

@@ -12,6 +12,7 @@ TallystickError
     │   └── UnknownEvent            no Stripe event with this id came here
     ├── Conflict           409      what is there stands against it
     ├── TooLarge           413
+    ├── HeadTooLarge       431
     ├── TooBusy            429      the usage buffer is full
     ├── RateLimited        429      this caller comes too often
     ├── StorageFailed      500      PostgreSQL failed; Stripe is to retry
@@ -156,6 +157,14 @@ class TooLarge(Problem):
     status = 413
     type = "too-large"
     title = "The request body is too large"
+
+
+class HeadTooLarge(Problem):
+    """What comes before the body, or after it, exceeds its limit."""
+
+    status = 431
+    type = "head-too-large"
+    title = "The head of the request is too large"
 
 
 class Unsupported(Problem):

@@ -1,7 +1,8 @@
 """What every flow needs, built once from the settings and passed down: settings, rules, PostgreSQL, Redis, Stripe."""
 
+import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from redis.asyncio import Redis
@@ -12,6 +13,9 @@ from tallystick import db, redis_client, stripe_gateway, tracing
 from tallystick.config import Settings
 from tallystick.metrics import DATABASE_CONNECTIONS, DATABASE_POOL_SIZE
 from tallystick.rules import RulesFile
+
+# A server that hangs is not told goodbye.
+CLOSE_WITHIN_SECONDS = 2
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ async def open_resources(settings: Settings, *, application_name: str) -> AsyncI
         with tracing.export_spans(settings.otel_endpoint, application_name):
             yield Resources(settings, engine, redis, stripe, rules, stripe_gateway.MeterEventSession(stripe))
     finally:
-        await stripe_connections.close_async()
-        await redis.aclose()
-        await engine.dispose()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_WITHIN_SECONDS):
+                await stripe_connections.close_async()
+                await redis.aclose()
+                await engine.dispose()

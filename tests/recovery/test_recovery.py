@@ -9,8 +9,9 @@ import pytest
 from sqlalchemy import text
 
 from tallystick import db
+from tallystick.errors import Unavailable
 from tallystick.resources import Resources
-from tallystick.webhooks import reading, recovery
+from tallystick.webhooks import inbox, reading, recovery
 from tallystick.webhooks.inbox import FAILURES_BEFORE_QUARANTINE
 from tallystick.webhooks.recovery import LISTED_FOR, LISTED_WITHIN, Run, read_recovery, recover
 from tallystick.webhooks.sync import sync_mirror
@@ -314,3 +315,14 @@ async def test_an_event_that_we_fail_on_holds_up_no_other_and_ends_in_quarantine
         assert (await read_recovery(resources)).complete_until is not None
     finally:
         await change(resources, "ALTER TABLE customers DROP CONSTRAINT a_bug")
+
+
+async def test_a_full_inbox_ends_the_run_and_is_no_failure_of_the_events(
+    shop: Shop, resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await shop.sign_up("acme")
+    monkeypatch.setattr(inbox, "MAX_WAITING", 0)
+    with pytest.raises(Unavailable):
+        await recover(resources, now())
+    monkeypatch.undo()
+    assert (await recover(resources, now())).done

@@ -76,7 +76,7 @@ async def receive_usage(request: Request) -> Response:
     if listed not in (None, "all"):
         raise InvalidRequest("'results' may only be 'all'.", field="results")
     try:
-        raw = await read_decoded_body(request, MAX_BODY_BYTES)
+        raw = await read_decoded_body(request, MAX_BODY_BYTES, request.app.state.arriving_usage)
     except ClientDisconnect:
         return Response(status_code=400)  # it hung up before its body was here, so nobody reads this
     now = datetime.now(UTC)

@@ -21,6 +21,8 @@ log = structlog.get_logger()
 READ_EVERY = timedelta(seconds=15)
 # A name that nobody knows must not become a call to Stripe for each event that carries it.
 ASK_STRIPE_EVERY = timedelta(seconds=10)
+# Of the requests that a process works on at once (crowd.py): a Stripe that hangs must not stop the rest of usage.
+MAX_ASKING = 8
 
 READ_VERSIONS = text("SELECT id, CAST(xmin AS text) AS version FROM meters")
 
@@ -83,6 +85,7 @@ class MeterCache:
     meters: dict[str, Meter] = field(default_factory=dict)
     read_at: datetime = LONG_AGO
     asked_at: datetime = LONG_AGO
+    asking: int = 0
 
 
 async def find_meters(cache: MeterCache, resources: Resources, names: set[str], now: datetime) -> dict[str, Meter]:
@@ -95,6 +98,13 @@ async def find_meters(cache: MeterCache, resources: Resources, names: set[str], 
         await _read_table(cache, resources, now)
     if names <= cache.meters.keys() or now - cache.asked_at < ASK_STRIPE_EVERY:
         return {name: cache.meters[name] for name in names & cache.meters.keys()}
+    if cache.asking >= MAX_ASKING:
+        raise Unavailable(
+            "A meter is not known here, and Stripe is being asked for others.",
+            type="stripe-unavailable",
+            retry_after_seconds=1,
+        )
+    cache.asking += 1
     try:
         await refresh_meters(resources, now)
     except stripe_gateway.STRIPE_ERRORS as error:
@@ -103,6 +113,8 @@ async def find_meters(cache: MeterCache, resources: Resources, names: set[str], 
             type="stripe-unavailable",
             retry_after_seconds=5,
         ) from error
+    finally:
+        cache.asking -= 1
     await _read_table(cache, resources, now)
     cache.asked_at = now  # not sooner: whoever came meanwhile would take a new meter for an unknown one
     return {name: cache.meters[name] for name in names & cache.meters.keys()}

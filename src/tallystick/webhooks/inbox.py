@@ -4,7 +4,8 @@
                          mode (verification.py)
     2. translate         what the event says about the mirror (a pure function)
     3. commit a batch    events that wait together share one transaction: ids, the mirror, access, requests to seal
-    4. answer            200 after the commit; 500 when it failed, and Stripe sends the event again for three days
+    4. answer            200 after the commit; 500 when it failed, 503 when too many wait for theirs, and Stripe sends
+                         the event again for three days
 
 Nothing is written before 1 holds. What a crash leaves behind: before the commit, nothing, and Stripe sends again;
 between the commit and the answer, everything, and the repeat is a duplicate. There is no state in between, because the
@@ -31,7 +32,7 @@ from tallystick import db, tracing
 from tallystick.access.state import recompute_access
 from tallystick.access.timeline import lines_of
 from tallystick.bodies import read_body
-from tallystick.errors import Problem, StorageFailed
+from tallystick.errors import Problem, StorageFailed, Unavailable
 from tallystick.metrics import WEBHOOK_BATCH_SIZE, WEBHOOK_EVENTS, WEBHOOK_REFUSED, WEBHOOK_SECONDS
 from tallystick.mirror.apply import apply_changes
 from tallystick.mirror.changes import InvoiceChange
@@ -60,11 +61,13 @@ BATCHES_AT_ONCE = 2
 GATHER_SECONDS = 0.002
 # Some seconds of work. Whoever comes later is better served by Stripe's own retry than by a timeout.
 MAX_WAITING = 2_000
+RETRY_AFTER_SECONDS = 5
 
 # A transaction ends before the answer is due, and the answer before the 10 s after which a sender may have given up.
 COMMIT_WITHIN_SECONDS = 8
 ANSWER_WITHIN_SECONDS = 9
-STOP_WITHIN_SECONDS = 10
+# Nobody waits for what is not committed when the process stops: its requests were answered, or cut off.
+STOP_WITHIN_SECONDS = 2
 
 # Stripe tries again within minutes at first, and recovery each minute. Failures of our own making count an hour apart,
 # so that a release that is mended or taken back in time sets nothing aside.
@@ -102,14 +105,14 @@ async def receive_webhook(request: Request) -> Response:
     200 `{"verdict": …}` once it is committed: `applied`, `stale` (the mirror knows something newer), `duplicate`,
     `ignored` (nothing of it is mirrored) or `quarantined` (it could not be understood); and `not_served`, with nothing
     written, for another connected account or mode than the endpoint's. Problems: 400 it cannot be trusted or is not for
-    us, 404 no such endpoint, 413 it is too large, 500 it could not be stored.
+    us, 404 no such endpoint, 413 it is too large, 500 it could not be stored, 503 too much comes at once.
     """
     resources: Resources = request.app.state.resources
     inbox: Inbox = request.app.state.inbox
     settings = resources.settings
     try:
         endpoint = find_endpoint(resources, request.path_params.get("endpoint"), datetime.now(UTC))
-        raw = await read_body(request, MAX_BODY_BYTES)
+        raw = await read_body(request, MAX_BODY_BYTES, request.app.state.arriving_webhooks)
         signature = request.headers.get("stripe-signature")
         event = read_event(raw, signature, endpoint, settings.webhook_tolerance_seconds, datetime.now(UTC))
         bind_contextvars(event_id=event.id)
@@ -242,7 +245,9 @@ class Inbox:
         self._fail(list(self._waiting), StorageFailed("The service is stopping."))
 
     async def submit(self, event: StripeEvent) -> Verdict:
-        """Wait until the event is committed. Raises `StorageFailed` when it was not, or not in time.
+        """Wait until the event is committed.
+
+        Raises `StorageFailed` when it was not, or not in time, and `Unavailable` when too many wait already.
 
         A caller that goes away changes nothing: the event is committed with its batch.
         """
@@ -253,7 +258,7 @@ class Inbox:
                     if not self._open:
                         raise StorageFailed("The service is stopping.")
                     if len(self._waiting) >= MAX_WAITING:
-                        raise StorageFailed("Too many events are waiting.")
+                        raise Unavailable("Too many events are waiting.", retry_after_seconds=RETRY_AFTER_SECONDS)
                     self._waiting.append((event, committed))
                     self._arrived.notify()
                 return await committed

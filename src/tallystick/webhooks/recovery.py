@@ -27,7 +27,7 @@ import structlog
 from sqlalchemy import text
 
 from tallystick import db
-from tallystick.errors import Problem, StorageFailed
+from tallystick.errors import Problem, StorageFailed, Unavailable
 from tallystick.metrics import EVENTS_COMPLETE_UNTIL, EVENTS_GAP_SECONDS, EVENTS_RECOVERED
 from tallystick.resources import Resources
 from tallystick.webhooks.inbox import Inbox
@@ -280,7 +280,7 @@ async def _submit_unknown(resources: Resources, inbox: Inbox, listed: Sequence[M
         if isinstance(result, str):
             recovered += result != "duplicate"
             log.info("stripe_event_recovered", event_id=event.id, type=event.type, verdict=result)
-        elif isinstance(result, Problem) and not isinstance(result, StorageFailed):
+        elif isinstance(result, Problem) and not isinstance(result, StorageFailed | Unavailable):
             failed += 1
         else:
             raise result
