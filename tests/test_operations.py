@@ -24,13 +24,14 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import Info, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
+from sqlalchemy import text
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from typer.testing import CliRunner
 
-from tallystick import cli, tracing, worker
+from tallystick import cli, db, tracing, worker
 from tallystick.gauges import measure_buffer, measure_queues
 from tallystick.loops import Loop, run_loops
 from tallystick.metrics import REGISTRY
@@ -113,6 +114,70 @@ async def test_every_line_of_a_loop_names_it(resources: Resources, lines: list[d
 
     await run_loops(resources, [Loop("works", 60, work)], stop)
     assert [(line["event"], line["loop"]) for line in lines] == [("deep_inside", "works"), ("loop_ran", "works")]
+
+
+# What went wrong, without what was sent
+
+ERIKA = "erika@reference.example"  # named, since lines of code are shown
+
+
+async def test_an_error_is_told_by_its_class_and_code_and_never_by_its_text(
+    client: httpx.AsyncClient, resources: Resources, lines: list[dict[str, Any]]
+) -> None:
+    """PostgreSQL and its driver repeat the values that they were given."""
+    stop = asyncio.Event()
+
+    async def ask_nonsense(_: Resources, now: datetime) -> int:
+        stop.set()
+        async with db.transaction(resources.engine) as connection:
+            await connection.execute(text("SELECT CAST(:number AS integer)"), {"number": ERIKA})
+        return 0
+
+    await make_customer(resources)
+    await run(resources, f"ALTER TABLE customer_links ADD CONSTRAINT a_bug CHECK (ref <> '{ERIKA}')")
+    try:
+        answer = await client.put(f"/v1/customers/{ERIKA}", json={"customer": "cus_acme"})
+    finally:
+        await run(resources, "ALTER TABLE customer_links DROP CONSTRAINT a_bug")
+    await run_loops(resources, [Loop("asks", 60, ask_nonsense)], stop)
+
+    assert answer.status_code == 500
+    assert ERIKA not in str(lines)
+    [request, loop] = [line for line in lines if line["event"] in ("request_failed", "loop_failed")]
+    assert (request["error"], request["sqlstate"], loop["error"]) == ("IntegrityError", "23514", "DBAPIError")
+    assert "CheckViolationError" in request["traceback"]
+    assert "ask_nonsense" in loop["traceback"]
+
+
+def test_errors_that_others_log_are_told_without_their_texts() -> None:
+    program = """
+import asyncio, gc, logging, sys
+from tallystick.logs import configure_logs
+
+async def fail():
+    try:
+        raise KeyError(sys.argv[1])
+    except KeyError as error:
+        raise ExceptionGroup(sys.argv[1], [ValueError(sys.argv[1])]) from error
+
+async def forget_a_task():
+    asyncio.create_task(fail())
+    await asyncio.sleep(0)
+
+configure_logs("INFO")
+asyncio.run(forget_a_task())
+gc.collect()
+try:
+    raise ValueError(sys.argv[1])
+except ValueError:
+    logging.getLogger("uvicorn.error").exception("It failed")
+"""
+    ran = subprocess.run([sys.executable, "-c", program, ERIKA], capture_output=True, check=True, text=True)
+    [forgotten, failed] = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert (forgotten["event"], forgotten["error"]) == ("Task exception was never retrieved", "ExceptionGroup")
+    assert all(name in forgotten["traceback"] for name in ("KeyError", "ValueError", "in fail"))
+    assert (failed["event"], failed["error"]) == ("It failed", "ValueError")
+    assert ERIKA not in ran.stdout + ran.stderr
 
 
 def free_port() -> str:

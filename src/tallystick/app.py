@@ -27,6 +27,7 @@ from tallystick.db import is_storage_failure
 from tallystick.end_users import EndUsers
 from tallystick.errors import PROBLEM_MEDIA_TYPE, InvalidRequest, NotFound, Problem, TooLarge, Unavailable
 from tallystick.limits import Limiter
+from tallystick.logs import describe_error
 from tallystick.observer import Observer
 from tallystick.openapi import describe_plain_routes
 from tallystick.plain_routes import PlainRoutes
@@ -180,8 +181,8 @@ async def answer_storage_error(request: Request, error: Exception) -> Response:
 
 
 async def answer_bug(request: Request, error: Exception) -> Response:
-    """Anything unforeseen: no detail leaves the service; the log has the traceback."""
-    log.error("request_failed", route=_route(request), exc_info=error)
+    """Anything unforeseen: no detail leaves the service; the log has its class and the lines of code."""
+    log.error("request_failed", route=_route(request), **describe_error(error))
     return await answer_problem(request, Problem())
 
 

@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 from structlog.contextvars import bind_contextvars
 
 from tallystick import tracing
+from tallystick.logs import describe_error
 from tallystick.metrics import LOOP_LAST_DONE, LOOP_RUNS
 from tallystick.redis_client import KEY_TAG, REDIS_ERRORS
 from tallystick.resources import Resources
@@ -64,7 +65,7 @@ async def _run_loop(resources: Resources, loop: Loop, stop: asyncio.Event, ended
         except Exception as error:  # noqa: BLE001  the loop's edge: whatever went wrong, the next run starts from what is committed
             failures += 1
             LOOP_RUNS.labels(loop.name, "failed").inc()
-            log.warning("loop_failed", failures=failures, error=type(error).__name__, detail=_brief(error))
+            log.warning("loop_failed", failures=failures, **describe_error(error))
         else:
             failures = 0
             ended[loop.name] = int(time())
@@ -103,8 +104,3 @@ async def _wait(stop: asyncio.Event, seconds: float) -> None:
             await stop.wait()
     except TimeoutError:
         return
-
-
-def _brief(error: Exception) -> str:
-    """The first line of an error's text: SQL statements and their parameters come after it."""
-    return str(error).partition("\n")[0][:200]

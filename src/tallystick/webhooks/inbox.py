@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from time import perf_counter
-from traceback import format_tb
 from typing import Literal
 
 import msgspec
@@ -32,6 +31,7 @@ from tallystick.access.state import recompute_access
 from tallystick.access.timeline import lines_of
 from tallystick.bodies import read_body
 from tallystick.errors import Problem, StorageFailed
+from tallystick.logs import describe_error
 from tallystick.metrics import WEBHOOK_BATCH_SIZE, WEBHOOK_EVENTS, WEBHOOK_REFUSED, WEBHOOK_SECONDS
 from tallystick.mirror.apply import apply_changes
 from tallystick.mirror.changes import InvoiceChange
@@ -297,14 +297,7 @@ class Inbox:
 
     async def _settle_failed(self, event: StripeEvent, committed: asyncio.Future[Verdict], error: Exception) -> None:
         """A bug of ours: let Stripe try again some times, in case the next release knows better, then set it aside."""
-        # The error's text may repeat what was sent; its class and the lines of code say enough.
-        log.error(
-            "stripe_event_failed",
-            event_id=event.id,
-            type=event.type,
-            error=type(error).__name__,
-            traceback="".join(format_tb(error.__traceback__)),
-        )
+        log.error("stripe_event_failed", event_id=event.id, type=event.type, **describe_error(error))
         try:
             async with asyncio.timeout(COMMIT_WITHIN_SECONDS), db.transaction(self._resources.engine) as connection:
                 quarantined = await _count_failure(connection, event, type(error).__name__)
