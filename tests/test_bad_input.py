@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 import stripe
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tallystick.resources import Resources
@@ -57,10 +57,11 @@ bodies = st.one_of(
     st.sampled_from(NASTY), st.binary(max_size=200), st.lists(pieces, max_size=12).map(lambda some: b"".join(some))
 )
 # A header's value may hold everything but a line's end and NUL.
+raw = st.binary(max_size=60).map(lambda raw: raw.translate(None, b"\r\n\x00"))
 header_values = st.one_of(
     st.sampled_from([b"t=,v1=", b"t=1", b"v1=a", b"t=1,t=2,v1=a,v1=b", b"t=" + b"9" * 9_000 + b",v1=a"]),
     st.just(b"t=\xb2,v1=\xff"),
-    st.binary(max_size=60).map(lambda raw: raw.translate(None, b"\r\n\x00")),
+    raw,
 )
 
 
@@ -80,6 +81,26 @@ async def test_any_bytes_as_a_webhook(anonymous: httpx.AsyncClient, body: bytes,
     answer = await anonymous.post("/webhooks/stripe", content=body, headers={b"Stripe-Signature": header})
     assert is_answered(answer)
     assert answer.status_code == 400
+
+
+# At its edges, and anywhere: t=1769817600,v1=00ff…
+places = st.one_of(st.sampled_from([0, 2, 12, 13, 16]), st.integers(0, 90))
+some_bytes = st.one_of(st.sampled_from([b"=", b"=x", b",", b",t=1", b"t=", b" ", b"_"]), raw)
+
+
+@any_bytes
+@example(inserted=[(12, b"=x")], cut=0)
+@given(inserted=st.lists(st.tuples(places, some_bytes), max_size=3), cut=st.integers(0, 90))
+async def test_a_genuine_signature_with_any_bytes_in_it(
+    anonymous: httpx.AsyncClient, inserted: list[tuple[int, bytes]], cut: int
+) -> None:
+    body = json.dumps({"id": "evt_1", "object": "event", "created": 1, "livemode": False, "type": "x", "data": {}})
+    header = stripe.WebhookSignature.generate_signature_header(body, WEBHOOK_SECRET).encode()
+    for at, some in inserted:
+        header = header[:at] + some + header[at:]
+    for sent in (header, header[cut:], header[:cut]):
+        answer = await anonymous.post("/webhooks/stripe", content=body, headers={b"Stripe-Signature": sent})
+        assert answer.status_code in (200, 400), sent
 
 
 @any_bytes

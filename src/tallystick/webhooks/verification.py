@@ -131,8 +131,11 @@ def _verify(body: str, header: str | None, endpoint: Endpoint, tolerance: int, n
         break
     else:
         _refuse("webhook-signature-invalid", "The signature fits none of the endpoint's secrets.")
-    # The SDK would check the age only into the past. That it verified the header means that `t` is a number.
-    signed_at = int(next(part[2:] for part in header.split(",") if part.startswith("t=")))
+    # The SDK would check the age only into the past.
+    try:
+        signed_at = int(next(part[2:] for part in header.split(",") if part.startswith("t=")))
+    except ValueError:  # the SDK reads `t=1=x` as 1
+        _refuse("webhook-signature-invalid", "The Stripe-Signature header is malformed.")
     age = int(now.timestamp()) - signed_at
     if age > tolerance:
         _refuse("webhook-too-old", "It was signed too long ago; Stripe signs every retry afresh.")
