@@ -26,6 +26,7 @@ from tallystick.crowd import Crowd
 from tallystick.db import is_storage_failure
 from tallystick.end_users import EndUsers
 from tallystick.errors import PROBLEM_MEDIA_TYPE, InvalidRequest, NotFound, Problem, TooLarge, Unavailable
+from tallystick.json_faults import explain
 from tallystick.limits import Limiter
 from tallystick.logs import describe_error
 from tallystick.observer import Observer
@@ -151,6 +152,8 @@ async def answer_problem(request: Request, error: Exception) -> Response:
 async def answer_invalid(request: Request, error: Exception) -> Response:
     """A body or parameter that FastAPI refused: the first field to blame, and all of them in `errors`."""
     assert isinstance(error, RequestValidationError)
+    if isinstance(error.__cause__, ValueError):
+        return _answer_unreadable(request, error.__cause__)
     found = [{"field": _field(problem["loc"]), "message": str(problem["msg"])} for problem in error.errors()]
     problem = InvalidRequest(found[0]["message"], field=found[0]["field"])
     return JSONResponse(problem.body() | {"errors": found}, problem.status, media_type=PROBLEM_MEDIA_TYPE)
@@ -161,6 +164,14 @@ def _field(location: Any) -> str:
     return ".".join(str(part) for part in location[1:]) or str(location[0])
 
 
+def _answer_unreadable(request: Request, cause: Exception) -> Response:
+    """A body that is no JSON: FastAPI raises the parser's error with one of its own."""
+    reason, field = explain(b"".join(request.scope["tallystick.body"]), cause)
+    return InvalidRequest(
+        f"The body is not valid JSON: {reason}.", field=field, type="invalid-json", status=400
+    ).answer()
+
+
 async def answer_http_error(request: Request, error: Exception) -> Response:
     """Starlette's own: no such path, no such method."""
     assert isinstance(error, HTTPException)
@@ -168,6 +179,8 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
         return await answer_problem(request, NotFound(f"There is no {request.url.path!a}; see /docs."))
     if error.status_code == 413:
         return await answer_problem(request, TooLarge(error.detail))
+    if isinstance(error.__cause__, ValueError | RecursionError):
+        return _answer_unreadable(request, error.__cause__)
     problem = InvalidRequest(error.detail, status=error.status_code, type="http-error")
     return JSONResponse(problem.body(), problem.status, error.headers, PROBLEM_MEDIA_TYPE)
 

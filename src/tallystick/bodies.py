@@ -47,11 +47,14 @@ class LimitedBodies:
             await self.app(scope, receive, send)
             return
         size = 0
+        # For the answer to what cannot be read (app.py): FastAPI keeps the body from it.
+        chunks = scope["tallystick.body"] = []
 
         async def receive_within_limit() -> Message:
             nonlocal size
             message = await receive()
-            size += len(message.get("body", b""))
+            chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
             if size > self.limit_bytes:
                 # The one kind of error that FastAPI lets through while it reads a body.
                 raise HTTPException(413, f"The body may have at most {self.limit_bytes} bytes.")
