@@ -37,6 +37,7 @@ from tallystick.loops import Loop, run_loops
 from tallystick.metrics import REGISTRY
 from tallystick.resources import Resources, open_resources
 from tallystick.usage.meters import refresh_meters
+from tallystick.webhooks.inbox import BATCH_SIZE
 from tests.conftest import WEBHOOK_SECRET, FakeStripe, make_settings
 from tests.notifications.receiving import endpoint, receiving, tell, with_endpoints
 from tests.serving import serve_in_thread
@@ -102,6 +103,27 @@ async def test_every_line_of_a_webhook_has_its_request_id_and_its_event(
     [line] = [line for line in lines if line.get("request_id") == refused.headers["x-request-id"]]
     assert line["event"] == "stripe_event_refused"
     assert "event_id" not in line
+
+
+async def test_what_the_commit_says_of_an_event_has_its_request_id_too(
+    anonymous: httpx.AsyncClient, resources: Resources, lines: list[dict[str, Any]]
+) -> None:
+    """The task that commits works for many requests, and began before any of them."""
+    poor = {"type": "customer.created", "data": {"object": {"id": "cus_\x00", "object": "customer"}}}
+    quarantined = await anonymous.post("/webhooks/stripe", **signed(id="evt_1", **poor))
+    await run(resources, "ALTER TABLE customers ADD CONSTRAINT a_bug CHECK (id <> 'cus_1')")
+    try:
+        failed = await anonymous.post("/webhooks/stripe", **signed(id="evt_2", **NEW_CUSTOMER))
+    finally:
+        await run(resources, "ALTER TABLE customers DROP CONSTRAINT a_bug")
+    assert [
+        (line["event"], line["event_id"], line["request_id"]) for line in lines if line["event"].startswith("stripe_e")
+    ] == [
+        ("stripe_event_quarantined", "evt_1", quarantined.headers["x-request-id"]),
+        ("stripe_event", "evt_1", quarantined.headers["x-request-id"]),
+        ("stripe_event_failed", "evt_2", failed.headers["x-request-id"]),
+        ("stripe_event_refused", "evt_2", failed.headers["x-request-id"]),
+    ]
 
 
 async def test_every_line_of_a_loop_names_it(resources: Resources, lines: list[dict[str, Any]]) -> None:
@@ -319,6 +341,24 @@ async def test_each_queue_shows_its_length_and_the_age_of_its_oldest(
     await run(resources, "DELETE FROM seal_requests")
     await measure_queues(resources, now)
     assert value_of("tallystick_queue_oldest_seconds", queue="seal_requests") == 0
+
+
+async def test_webhooks_that_wait_are_shown_with_the_age_of_the_oldest(
+    anonymous: httpx.AsyncClient, resources: Resources
+) -> None:
+    async def some_wait() -> bool:
+        return value_of("tallystick_webhooks_waiting") > 0
+
+    async with resources.engine.begin() as connection:
+        await connection.execute(text("LOCK TABLE stripe_events"))
+        # More than the two batches take that wait for the lock.
+        sent = [signed(id=f"evt_{number}", **NEW_CUSTOMER) for number in range(2 * BATCH_SIZE + 10)]
+        posted = asyncio.gather(*(anonymous.post("/webhooks/stripe", **one) for one in sent))
+        await wait_until(some_wait)
+        first = value_of("tallystick_oldest_waiting_webhook_seconds")
+        assert value_of("tallystick_oldest_waiting_webhook_seconds") > first > 0
+    assert {answer.status_code for answer in await posted} == {200}
+    assert value_of("tallystick_webhooks_waiting") == value_of("tallystick_oldest_waiting_webhook_seconds") == 0
 
 
 async def test_the_pool_and_the_release_are_shown(resources: Resources) -> None:
