@@ -138,6 +138,25 @@ async def test_every_line_of_a_loop_names_it(resources: Resources, lines: list[d
     assert [(line["event"], line["loop"]) for line in lines] == [("deep_inside", "works"), ("loop_ran", "works")]
 
 
+async def test_a_worker_that_waits_for_stripe_to_come_back_stops_at_once(
+    resources: Resources, fake_stripe: FakeStripe, lines: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tallystick.loops.STOP_WITHIN_SECONDS", 0.1)
+    fault = {"kind": "error_500", "path": "/v1/events", "times": 1_000}
+    (await fake_stripe.control.post("/_fake/faults", json=fault)).raise_for_status()
+    [recover] = [loop for loop in worker.LOOPS if loop.name == "recover"]
+    stop = asyncio.Event()
+
+    async def was_asked() -> bool:
+        return "/v1/events" in (await fake_stripe.control.get("/_fake/requests")).text
+
+    running = asyncio.create_task(run_loops(resources, [recover], stop))
+    await wait_until(was_asked)
+    stop.set()
+    await running
+    assert [line["event"] for line in lines] == []
+
+
 # What went wrong, without what was sent
 
 ERIKA = "erika@reference.example"  # named, since lines of code are shown
@@ -235,7 +254,7 @@ async def test_every_line_of_a_process_is_json(
         await wait_until(ready)
     finally:
         process.send_signal(signal.SIGTERM)
-        await asyncio.to_thread(process.wait, 30)  # a loop that waits for Stripe is cut short after 20
+        await asyncio.to_thread(process.wait, 30)
     written = [json.loads(line) for line in log.read_text().splitlines()]
     assert process.returncode in (0, -signal.SIGTERM)
     assert all(line.keys() >= {"event", "level", "timestamp"} for line in written)

@@ -39,6 +39,8 @@ class Loop:
     name: str
     every_seconds: float
     run_once: Callable[[Resources, datetime], Awaitable[int]]
+    # For a run that mostly waits for Stripe, by pauses of its own, and goes on another time where it was.
+    stops_at_once: bool = False
 
 
 async def run_loops(resources: Resources, loops: Sequence[Loop], stop: asyncio.Event) -> None:
@@ -48,6 +50,9 @@ async def run_loops(resources: Resources, loops: Sequence[Loop], stop: asyncio.E
         running = [group.create_task(_run_loop(resources, loop, stop, done), name=loop.name) for loop in loops]
         group.create_task(_note_done(resources.redis, done, stop))
         await stop.wait()
+        for loop, task in zip(loops, running, strict=True):
+            if loop.stops_at_once:
+                task.cancel()
         _, unfinished = await asyncio.wait(running, timeout=STOP_WITHIN_SECONDS)
         for task in unfinished:
             log.warning("loop_cut_short", loop=task.get_name())
