@@ -1,3 +1,8 @@
+import ast
+import hashlib
+import hmac
+import inspect
+import textwrap
 from datetime import UTC, datetime, timedelta
 
 import httpx
@@ -213,3 +218,33 @@ async def test_an_id_counts_once_for_each_source_and_tells_nothing_about_another
     assert await post(ours_too, "3") == ["conflict"]
     assert await post(theirs, "3") == ["duplicate"]
     assert await post(theirs, "2") == ["conflict"]
+
+
+async def test_secrets_are_compared_as_hashes_in_constant_time_and_as_often_for_keys_that_do_not_exist(
+    app: FastAPI, resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = await make_key(resources)
+    compared: list[tuple[bytes, bytes]] = []
+    compare = hmac.compare_digest
+
+    def note(left: bytes, right: bytes) -> bool:
+        compared.append((left, right))
+        return compare(left, right)
+
+    monkeypatch.setattr("tallystick.auth.hmac.compare_digest", note)
+    numbers = []
+    for given in (key, key[:-1] + ("x" if key[-1] != "x" else "y"), "tsk_0123456789ab_" + key.split("_", 2)[2]):
+        compared.clear()
+        await ask(app, given)
+        numbers.append(len(compared))
+        digest = hashlib.sha256(given.split("_", 2)[2].encode()).digest()
+        assert all(left == digest and len(right) == len(digest) for left, right in compared)
+    # Its present and its old secret; and both again, since the key might be a newer one.
+    assert numbers == [2, 4, 4]
+
+
+def test_nothing_but_times_is_compared_beside() -> None:
+    """A plain `==` of secrets would tell by its time where the first difference lies."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(auth._matches)))
+    found = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Compare)]
+    assert found == ["key is not None", "key.old_valid_until is not None", "now < key.old_valid_until"]

@@ -3,14 +3,16 @@
 import gzip
 import json
 import time
+from decimal import Decimal
 from typing import Any
 
 import httpx
 import pytest
 import stripe
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from tallystick.json_faults import MAX_TOKENS, NoSuchNumber, explain, refuse_constant
 from tallystick.resources import Resources
 from tests.conftest import WEBHOOK_SECRET
 from tests.usage.making import make_meter
@@ -57,10 +59,11 @@ bodies = st.one_of(
     st.sampled_from(NASTY), st.binary(max_size=200), st.lists(pieces, max_size=12).map(lambda some: b"".join(some))
 )
 # A header's value may hold everything but a line's end and NUL.
+raw = st.binary(max_size=60).map(lambda raw: raw.translate(None, b"\r\n\x00"))
 header_values = st.one_of(
     st.sampled_from([b"t=,v1=", b"t=1", b"v1=a", b"t=1,t=2,v1=a,v1=b", b"t=" + b"9" * 9_000 + b",v1=a"]),
     st.just(b"t=\xb2,v1=\xff"),
-    st.binary(max_size=60).map(lambda raw: raw.translate(None, b"\r\n\x00")),
+    raw,
 )
 
 
@@ -80,6 +83,26 @@ async def test_any_bytes_as_a_webhook(anonymous: httpx.AsyncClient, body: bytes,
     answer = await anonymous.post("/webhooks/stripe", content=body, headers={b"Stripe-Signature": header})
     assert is_answered(answer)
     assert answer.status_code == 400
+
+
+# At its edges, and anywhere: t=1769817600,v1=00ff…
+places = st.one_of(st.sampled_from([0, 2, 12, 13, 16]), st.integers(0, 90))
+some_bytes = st.one_of(st.sampled_from([b"=", b"=x", b",", b",t=1", b"t=", b" ", b"_"]), raw)
+
+
+@any_bytes
+@example(inserted=[(12, b"=x")], cut=0)
+@given(inserted=st.lists(st.tuples(places, some_bytes), max_size=3), cut=st.integers(0, 90))
+async def test_a_genuine_signature_with_any_bytes_in_it(
+    anonymous: httpx.AsyncClient, inserted: list[tuple[int, bytes]], cut: int
+) -> None:
+    body = json.dumps({"id": "evt_1", "object": "event", "created": 1, "livemode": False, "type": "x", "data": {}})
+    header = stripe.WebhookSignature.generate_signature_header(body, WEBHOOK_SECRET).encode()
+    for at, some in inserted:
+        header = header[:at] + some + header[at:]
+    for sent in (header, header[cut:], header[:cut]):
+        answer = await anonymous.post("/webhooks/stripe", content=body, headers={b"Stripe-Signature": sent})
+        assert answer.status_code in (200, 400), sent
 
 
 @any_bytes
@@ -187,10 +210,10 @@ async def test_any_bytes_at_the_other_doors(anonymous: httpx.AsyncClient, body: 
     [
         (b'{"id":"e","customer":"a","meter":"m","value":1e999999}', 422, "value"),
         (b'{"id":"e","customer":"a","meter":"m","value":"1e999999"}', 422, "value"),
-        (b'{"id":"e","customer":"a","meter":"m","value":1e9999999999999999999}', 400, "number"),
-        (b'{"id":"e","customer":"a","meter":"m","value":NaN}', 400, "NaN"),
+        (b'{"id":"e","customer":"a","meter":"m","value":1e9999999999999999999}', 400, "value"),
+        (b'{"id":"e","customer":"a","meter":"m","value":NaN}', 400, "value"),
         (b'{"id":"e","customer":"a","meter":"m","value":"NaN"}', 422, "value"),
-        (b'{"id":"e","customer":"a","meter":"m","value":-Infinity}', 400, "Infinity"),
+        (b'{"id":"e","customer":"a","meter":"m","value":-Infinity}', 400, "value"),
         (b'{"id":"e","customer":"a","meter":"m","value":' + b"9" * 10_000 + b"}", 422, "value"),
         (b'{"id":"e","customer":"a","meter":"m","value":"' + b"9" * 10_000 + b'"}', 422, "value"),
         (b'{"id":"e","customer":"a","meter":"m","timestamp":' + b"9" * 10_000 + b"}", 422, "timestamp"),
@@ -201,14 +224,115 @@ async def test_any_bytes_at_the_other_doors(anonymous: httpx.AsyncClient, body: 
         (b'{"id":"' + b"x" * 1_000_000 + b'","customer":"a","meter":"m"}', 422, "'id'"),
         (b'{"id":"e","id":"f","customer":"a","meter":"m"}', 422, "'id'"),
         (b'{"id":"e","customer":"a","meter":"m","' + b"x" * 1_000_000 + b'":1}', 422, "xxxxx"),
-        (b'{"id":' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400, "nested"),
-        (b'{"id":"\xff","customer":"a","meter":"m"}', 400, "UTF-8"),
+        (b'{"id":' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400, "id.0.0.0.0"),
+        (b'{"id":"\xff","customer":"a","meter":"m"}', 400, "id"),
     ],
     ids=lambda value: str(value[:60]) if isinstance(value, bytes) else "",
 )
 async def test_each_limit_of_usage_is_named(usage: httpx.AsyncClient, body: bytes, status: int, named: str) -> None:
     answer = await usage.post("/v1/usage", content=body)
     assert answer.status_code == status
-    said = answer.json()["rejected"][0]["message"] if status == 422 else answer.json()["detail"]
-    assert named in said
+    if status == 422:
+        assert named in answer.json()["rejected"][0]["message"]
+    else:
+        assert (answer.json()["field"], repr(named) in answer.json()["detail"]) == (named, True)
     assert len(answer.content) < 1_000
+
+
+# What is no JSON, as a value in it, and what the answer says of it.
+NO_JSON = {
+    "no number NaN": b"NaN",
+    "no number -Infinity": b"-Infinity",
+    "nested too deeply": b"[" * 100_000 + b"]" * 100_000,
+    "is not UTF-8": b'"\xff"',
+    "column ": b"soon",
+    "cannot be read": b'"never closed',
+}
+
+
+@pytest.mark.parametrize("said", [*NO_JSON, "beyond all bounds"])
+async def test_usage_that_is_no_json_is_named_by_its_field(usage: httpx.AsyncClient, said: str) -> None:
+    value = NO_JSON.get(said, b"1e9999999999999999999")
+    single = b'{"id":"e\\",","customer":"a","value":' + value + b"}"
+    batch = b'[{"id":"d"},[1,{}],' + single + b"]"
+    for body, type_, field in (
+        (single, "application/json", "value"),
+        (batch, "application/json", "2.value"),
+        (batch, "application/cloudevents-batch+json", "2.value"),
+    ):
+        answer = await usage.post("/v1/usage", content=body, headers={"Content-Type": type_})
+        assert (answer.status_code, answer.json()["type"]) == (400, "urn:tallystick:problem:invalid-json")
+        assert answer.json()["field"].startswith(field)
+        assert said in answer.json()["detail"]
+        assert f"in the field '{field}" in answer.json()["detail"]
+    lines = await usage.post("/v1/usage", content=b"{}\n" + single, headers={"Content-Type": "application/x-ndjson"})
+    [_, rejected] = lines.json()["rejected"]
+    assert (rejected["index"], said in rejected["message"]) == (1, True)
+    assert "in the field 'value" in rejected["message"]
+
+
+@pytest.mark.parametrize("said", [*NO_JSON, "beyond all bounds"])
+async def test_a_body_that_is_no_json_is_named_by_its_field(client: httpx.AsyncClient, said: str) -> None:
+    value = NO_JSON.get(said, b"9" * 5_000)
+    for method, path, before, after, field in (
+        ("POST", "/v1/access", b'{"customers":["a",', b"]}", "customers.1"),
+        ("POST", "/v1/portal/sessions", b'{"customer":', b"}", "customer"),
+        ("PUT", "/v1/customers/acme", b'{"customer":', b"}", "customer"),
+        ("POST", "/v1/usage/corrections", b'{"id":', b"}", "id"),
+        ("POST", "/v1/usage/parked/1-1/void", b'{"note":', b"}", "note"),
+    ):
+        answer = await client.request(
+            method, path, content=before + value + after, headers={"Content-Type": "application/json"}
+        )
+        problem = answer.json()
+        fields = [each["field"] for each in problem["errors"]] if "errors" in problem else [problem["field"]]
+        assert any(each.startswith(field) for each in fields), (path, problem)
+        if "number" in said and "beyond" not in said:  # which Python reads, and which is none of the values that may be
+            assert answer.status_code == 422
+        else:
+            assert (answer.status_code, problem["type"]) == (400, "urn:tallystick:problem:invalid-json")
+            assert said in problem["detail"]
+
+
+@pytest.mark.parametrize("said", [*NO_JSON, "beyond all bounds"])
+async def test_a_webhook_that_is_no_json_is_named_by_its_field(anonymous: httpx.AsyncClient, said: str) -> None:
+    value = NO_JSON.get(said, b"9" * 5_000)
+    body = b'{"id":"evt_1","data":{"object":{"lines":[1,' + value + b"]}}}"
+    text = body.decode("utf-8", "replace")
+    signature = stripe.WebhookSignature.generate_signature_header(text, WEBHOOK_SECRET)
+    answer = await anonymous.post("/webhooks/stripe", content=body, headers={"Stripe-Signature": signature})
+    assert (answer.status_code, answer.json()["type"]) == (400, "urn:tallystick:problem:webhook-body-invalid")
+    if said == "is not UTF-8":  # nothing is known of who sent it, so nothing is looked for in it
+        assert "byte 45" in answer.json()["detail"]
+    else:
+        assert said in answer.json()["detail"]
+        assert answer.json()["field"].startswith("data.object.lines.1")
+
+
+@pytest.mark.parametrize("member", ["id", "type", "created", "livemode", "account"])
+async def test_what_an_event_lacks_is_named(anonymous: httpx.AsyncClient, member: str) -> None:
+    event = {"id": "evt_1", "object": "event", "created": 1, "livemode": False, "type": "x", member: []}
+    signature = stripe.WebhookSignature.generate_signature_header(json.dumps(event), WEBHOOK_SECRET)
+    answer = await anonymous.post(
+        "/webhooks/stripe", content=json.dumps(event), headers={"Stripe-Signature": signature}
+    )
+    assert (answer.status_code, answer.json()["field"]) == (400, member)
+
+
+@any_bytes
+@given(body=bodies)
+def test_whatever_is_no_json_is_explained(body: bytes) -> None:
+    try:
+        json.loads(body, parse_float=Decimal, parse_constant=refuse_constant)
+    except (ValueError, ArithmeticError, RecursionError) as error:
+        reason, field = explain(body, error)
+        assert reason
+        assert field is None or 0 < len(field) < 600
+
+
+def test_a_fault_is_not_looked_for_without_end() -> None:
+    for values, field in ((10, "events.10"), (MAX_TOKENS, None)):
+        body = b'{"events":[' + b"1," * values + b"NaN]}"
+        with pytest.raises(NoSuchNumber) as raised:
+            json.loads(body, parse_constant=refuse_constant)
+        assert explain(body, raised.value) == ("it has no number NaN", field)

@@ -1,12 +1,14 @@
 """No secret, signature, portal URL or personal data comes out anywhere: everything is driven with marked ones.
 
-Two real processes log at DEBUG into files. Afterwards the logs, the answers, the metrics, every table and every key of
-Redis are searched for the marks.
+Three real processes log at DEBUG into files, one of them without PostgreSQL and Redis, and every command is run.
+Afterwards the logs, the answers, the metrics, the commands' outputs, every table and every key of Redis are searched
+for the marks.
 """
 
 import asyncio
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -21,27 +23,32 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import stripe
+import typer
 from redis.asyncio import Redis
 from sqlalchemy import text
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from typer.testing import CliRunner
 
-from tallystick import db
+from tallystick import cli, db
 from tallystick.auth import SCOPES, create_key, roll_key
 from tallystick.resources import Resources
 from tests.conftest import FakeStripe
 from tests.serving import serve
-from tests.tokens import AUDIENCE, ISSUER, make_claims, make_token
-from tests.usage.making import METER, make_meter, read_all
+from tests.tokens import AUDIENCE, ISSUER, KEYS, make_claims, make_token
+from tests.usage.making import METER, make_meter, read_all, run
 from tests.waiting import wait_until
 
 CARD = "4242424242424242"
 # A reference may be a name or an address of a person. It is stored and answered, since it is what the product asks for,
 # and has no place in logs and metrics.
 REFERENCE = "erika.mustermann@reference.example"
+REDIS_USER = "leaks"
+MADE_SECRET = re.compile(r"(?:tsk_[0-9a-f]{12}_|whsec_)([\w-]{20,})")
 
 
 @dataclass
@@ -74,17 +81,34 @@ class Driven:
     """The two processes, and what they were given."""
 
     api: httpx.AsyncClient
+    alone: httpx.AsyncClient  # a process that reaches neither PostgreSQL nor Redis
     marks: Marks
     resources: Resources
     fake_stripe: FakeStripe
     received: list[str]
+    environment: Mapping[str, str]
+    cut_off: Mapping[str, str]  # that of the process alone
     answers: list[httpx.Response] = field(default_factory=list)
 
-    async def call(self, method: str, path: str, credentials: str | None, **body: Any) -> httpx.Response:
+    async def call(
+        self, method: str, path: str, credentials: str | None, *, by: httpx.AsyncClient | None = None, **body: Any
+    ) -> httpx.Response:
         headers = {"Authorization": f"Bearer {credentials}"} if credentials else {}
-        answer = await self.api.request(method, path, headers=headers | body.pop("headers", {}), **body)
+        answer = await (by or self.api).request(method, path, headers=headers | body.pop("headers", {}), **body)
         self.answers.append(answer)
         return answer
+
+    async def command(self, *arguments: str, alone: bool = False) -> str:
+        """What a command prints, errors included; `alone`: where nothing can be reached."""
+        runner = CliRunner(env=dict(self.cut_off if alone else self.environment))
+        ran = await asyncio.to_thread(runner.invoke, cli.app, list(arguments))
+        said = f"{ran.output}\n{ran.exception or ''}"
+        for number, made in enumerate(MADE_SECRET.findall(said)):
+            # Shown this once; from here on it must be nowhere.
+            self.marks.secret[f"secret {number} of {arguments[:2]}"] = made
+            said = said.replace(made, "")
+        self.marks.texts[f"output of {len(self.marks.texts)}: {' '.join(arguments[:2])}"] = said
+        return said
 
 
 def free_port() -> int:
@@ -113,16 +137,30 @@ async def receiver(received: list[str]) -> AsyncIterator[str]:
         received.append((await request.body()).decode())
         return Response(status_code=204 if len(received) > 1 else 500)
 
-    async with serve(Starlette(routes=[Route("/hook", receive, methods=["POST"])])) as url:
+    async def list_keys(request: Request) -> Response:
+        return Response(json.dumps({"keys": KEYS}), media_type="application/json")
+
+    routes = [Route("/hook", receive, methods=["POST"]), Route("/jwks", list_keys, methods=["GET"])]
+    async with serve(Starlette(routes=routes)) as url:
         yield url
 
 
 @asynccontextmanager
+async def redis_user(redis: Redis, password: str) -> AsyncIterator[None]:
+    await redis.execute_command("ACL", "SETUSER", REDIS_USER, "on", f">{password}", "~*", "&*", "+@all")
+    try:
+        yield
+    finally:
+        await redis.execute_command("ACL", "DELUSER", REDIS_USER)
+
+
+@asynccontextmanager
 async def driving(resources: Resources, fake_stripe: FakeStripe, tmp_path: Path) -> AsyncIterator[Driven]:
-    """The two processes. When they have ended, their logs and metrics are in `marks.texts`."""
+    """The processes. When they have ended, their logs and metrics are in `marks.texts`."""
     settings = resources.settings
     marks, port, metrics_port, received = Marks(), free_port(), free_port(), list[str]()
-    async with receiver(received) as hook:
+    database_password, redis_password = marks.make("database password"), marks.make("Redis password")
+    async with receiver(received) as hook, redis_user(resources.redis, redis_password):
         rules = tmp_path / "rules.toml"
         # Standard Webhooks' secrets are base64: 40 hexadecimal digits are 30 bytes of it.
         rules.write_text(
@@ -132,8 +170,8 @@ async def driving(resources: Resources, fake_stripe: FakeStripe, tmp_path: Path)
         )
         environment = {
             **{name: value for name, value in os.environ.items() if name in ("PATH", "PYTHONPATH", "HOME")},
-            "DATABASE_URL": settings.database_url.replace("+asyncpg", ""),
-            "REDIS_URL": settings.redis_url,
+            "DATABASE_URL": settings.database_url.replace("+asyncpg", "").replace("@", f":{database_password}@"),
+            "REDIS_URL": settings.redis_url.replace("://", f"://{REDIS_USER}:{redis_password}@"),
             "STRIPE_API_BASE": fake_stripe.url,
             "STRIPE_API_KEY": marks.make("Stripe's API key", "sk_test_"),
             "STRIPE_WEBHOOK_SECRET": marks.make("webhook secret", "whsec_"),
@@ -146,21 +184,32 @@ async def driving(resources: Resources, fake_stripe: FakeStripe, tmp_path: Path)
             "TALLYSTICK_WORKER_METRICS_PORT": str(metrics_port),
             "TALLYSTICK_RULES_FILE": str(rules),
         }
+        alone_port = free_port()
+        cut_off = {name: value for name, value in environment.items() if name != "TALLYSTICK_JWT_SECRET"} | {
+            "DATABASE_URL": f"postgresql://postgres:{database_password}@127.0.0.1:1/none",
+            "REDIS_URL": f"redis://{REDIS_USER}:{redis_password}@127.0.0.1:1/0",
+            "TALLYSTICK_JWT_JWKS_URL": f"{hook}/jwks?token={marks.make('address of a key set')}",
+            "TALLYSTICK_PORT": str(alone_port),
+        }
         async with (
             httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as api,
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{alone_port}", timeout=20) as alone,
             httpx.AsyncClient(base_url=f"http://127.0.0.1:{metrics_port}", timeout=20) as worker,
         ):
-            driven = Driven(api, marks, resources, fake_stripe, received)
+            driven = Driven(api, alone, marks, resources, fake_stripe, received, environment, cut_off)
             async with (
                 running("serve", environment, tmp_path / "api.log"),
                 running("worker", environment, tmp_path / "worker.log"),
+                running("serve", cut_off, tmp_path / "alone.log"),
             ):
                 await wait_until(lambda: answers(api, "/healthz"))
+                await wait_until(lambda: answers(alone, "/healthz"))
                 await wait_until(lambda: answers(worker, "/metrics"))
                 yield driven
                 marks.texts["metrics of the API"] = (await api.get("/metrics")).text
                 marks.texts["metrics of the worker"] = (await worker.get("/metrics")).text
-            for name in ("api", "worker"):
+                marks.texts["metrics of the one alone"] = (await alone.get("/metrics")).text
+            for name in ("api", "worker", "alone"):
                 marks.texts[f"log of the {name}"] = (tmp_path / f"{name}.log").read_text()
 
 
@@ -209,8 +258,9 @@ async def read_redis(redis: Redis) -> dict[str, str]:
 
 
 async def test_nothing_that_is_secret_or_personal_comes_out(
-    resources: Resources, fake_stripe: FakeStripe, tmp_path: Path
+    resources: Resources, fake_stripe: FakeStripe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("tallystick.webhooks.drift.PAUSE_SECONDS", 0)
     async with driving(resources, fake_stripe, tmp_path) as driven:
         await drive_everything(driven)
     await read_everything(driven)
@@ -221,12 +271,19 @@ async def test_nothing_that_is_secret_or_personal_comes_out(
     assert "tallystick_usage_events_total" in texts["metrics of the API"]
     assert REFERENCE in texts["table customers"]
     assert METER in texts["table usage_totals"]
+    assert REFERENCE in texts["table usage_corrections"] + texts["table usage_events"]
+    assert "request_failed" in texts["log of the api"]
+    assert "delivery_not_sent" in str([said for place, said in texts.items() if place.startswith("output of")])
+    assert "storage-failed" in texts["log of the alone"]
+    assert sum(name.startswith("secret ") for name in driven.marks.secret) == 2, "a key and an endpoint's secret"
 
 
 async def drive_everything(driven: Driven) -> None:
     marks = driven.marks
     await make_meter(driven.resources)
-    made = await driven.fake_stripe.client.v1.customers.create_async({"email": f"{marks.make('email')}@example.com"})
+    made = await driven.fake_stripe.client.v1.customers.create_async(
+        {"email": f"{marks.make('email')}@example.com", "metadata": {"tallystick_ref": REFERENCE}}
+    )
     async with db.transaction(driven.resources.engine) as connection:
         key = await create_key(connection, name="driver", source="driver", scopes=list(SCOPES))
         old = await create_key(connection, name="rolled", source="driver", scopes=["usage:write"])
@@ -236,7 +293,11 @@ async def drive_everything(driven: Driven) -> None:
 
     await drive_webhooks(driven, made.id)
     await drive_usage(driven, key, rolled, old)
+    await drive_links(driven, key, made.id)
     await drive_portal(driven, key)
+    await drive_what_is_away(driven, key)
+    await drive_deliveries(driven, key)
+    await drive_commands(driven)
     await wait_until(lambda: was_told(driven.received))
     await driven.call("GET", f"/v1/customers/{REFERENCE}/access", key)
     await driven.call("GET", f"/v1/customers/{REFERENCE}/timeline", key)
@@ -244,8 +305,110 @@ async def drive_everything(driven: Driven) -> None:
     await driven.call("POST", "/v1/access", key, json={"customers": [marks.make("one of too many")] * 101})
 
 
+async def drive_links(driven: Driven, key: str, customer: str) -> None:
+    path = f"/v1/customers/{REFERENCE}"
+    assert (await driven.call("PUT", path, key, json={"customer": customer})).status_code == 200
+    await driven.call("PUT", f"/v1/customers/{CARD}", key, json={"customer": customer})
+    # A bug of ours: PostgreSQL repeats the reference that it did not take.
+    await run(driven.resources, f"ALTER TABLE customer_links ADD CONSTRAINT a_bug CHECK (ref <> 'x{REFERENCE}')")
+    try:
+        answer = await driven.call("PUT", f"/v1/customers/x{REFERENCE}", key, json={"customer": customer})
+    finally:
+        await run(driven.resources, "ALTER TABLE customer_links DROP CONSTRAINT a_bug")
+    assert answer.status_code == 500
+    assert (await driven.call("DELETE", path, key)).status_code < 300
+    await driven.call("GET", f"{path}/quota?meter={METER}", key)
+
+
+async def drive_what_is_away(driven: Driven, key: str) -> None:
+    """With the process that reaches neither PostgreSQL nor Redis, and verifies tokens by a key set."""
+    marks, alone = driven.marks, driven.alone
+    for claims, status in ((make_claims(sub=REFERENCE), 503), (make_claims(sub=REFERENCE, exp=1), 401)):
+        token = make_token(claims)
+        marks.secret[f"token {len(marks.secret)}"] = token.rpartition(".")[2]
+        assert (await driven.call("POST", "/v1/portal/sessions", token, by=alone, json={})).status_code == status
+    usage = {"id": "e9", "customer": REFERENCE, "meter": METER}
+    assert (await driven.call("POST", "/v1/usage", key, by=alone, json=usage)).status_code == 503
+    assert (await driven.call("GET", f"/v1/customers/{REFERENCE}/access", key, by=alone)).status_code == 503
+    assert (await driven.call("GET", "/readyz", None, by=alone)).status_code == 503
+    event = {"id": "evt_9", "object": "event", "created": int(time.time()), "livemode": False, "type": "x", "data": {}}
+    assert (await post_event(driven, json.dumps(event), "webhook secret", by=alone)).status_code == 500
+
+
+async def drive_deliveries(driven: Driven, key: str) -> None:
+    """Usage that Stripe refuses, and what can be asked and decided about it."""
+    at = (datetime.now(UTC) - timedelta(hours=3)).isoformat()
+    usage = [{"id": f"late-{n}", "customer": REFERENCE, "meter": METER, "timestamp": at} for n in range(2)]
+    assert (await driven.call("POST", "/v1/usage", key, json=usage)).status_code == 202
+    await driven.command("flush")
+
+    async def is_parked() -> bool:
+        return bool(await read_all(driven.resources, "SELECT 1 FROM usage_deliveries WHERE state = 'parked'"))
+
+    await wait_until(is_parked)
+    listed = await driven.call("GET", "/v1/usage/parked", key)
+    identifier = listed.json()["data"][0]["identifier"]
+    await driven.command("parked", "explain", identifier)
+    for path, body in (("resend", {}), ("void", {"note": "nobody's"})):
+        await driven.call("POST", f"/v1/usage/parked/{identifier}/{path}", key, json=body)
+    correction = {"id": "c1", "event_id": "late-0", "action": "void", "reason": "a mistake"}
+    assert (await driven.call("POST", "/v1/usage/corrections", key, json=correction)).status_code < 300
+    await driven.call("POST", "/v1/usage/corrections", key, json=correction | {"reason": CARD})
+    for path in ("/v1/usage/corrections", "/v1/usage/events/late-0", "/v1/usage/conservation", "/v1/periods"):
+        assert (await driven.call("GET", path, key)).status_code == 200
+    for path in ("/v1/events/evt_0", f"/v1/events/evt_{driven.marks.make('no event')[:20]}"):
+        await driven.call("GET", path, key)
+
+
+# Each command with arguments, but for those that run until they are stopped.
+COMMANDS: dict[str, list[tuple[str, ...]]] = {
+    "migrate": [()],
+    "flush": [("--json",)],
+    "doctor": [(), ("--json",)],
+    "keys create": [("other", "--scope", "usage:read"), (CARD, "--scope", "usage:read")],
+    "keys list": [(), ("--json",)],
+    "keys roll": [("000000000000",)],
+    "keys revoke": [("000000000000",)],
+    "access recompute": [()],
+    "notifications list": [(), ("--json",)],
+    "notifications replay": [("--dead",)],
+    "corrections list": [("--all",), ("--all", "--json")],
+    "corrections settle": [("c1", "--note", CARD)],
+    "corrections refuse": [("c1", "--note", "no")],
+    "parked list": [(), ("--json",)],
+    "parked explain": [("1-1",)],
+    "parked resend": [("--all",)],
+    "parked void": [("1-1", "--note", CARD)],
+    "recover": [("--json",)],
+    "replay": [("evt_0",), ("evt_unknown",)],
+    "sync": [(), ("--check", "--json")],
+    "webhooks setup": [("--url", "https://billing.example.com/webhooks/stripe")],
+    "reconcile": [("--stripe",), ("--json",)],
+    "periods": [("--json",)],
+}
+LONG_RUNNING = {"run", "demo", "fake-stripe", "serve", "worker"}
+
+
+async def drive_commands(driven: Driven) -> None:
+    for name, calls in COMMANDS.items():
+        for arguments in calls:
+            await driven.command(*name.split(), *arguments)
+    for name in ("doctor", "flush", "keys list"):
+        await driven.command(*name.split(), alone=True)
+
+
+def test_every_command_is_driven() -> None:
+    group: Any = typer.main.get_command(cli.app)
+    names = {
+        f"{name} {part}".strip()
+        for name, command in group.commands.items()
+        for part in getattr(command, "commands", [""])
+    }
+    assert names == COMMANDS.keys() | LONG_RUNNING
+
+
 async def was_told(received: list[str]) -> bool:
-    return len(received) > 1  # the first was answered 500, and so was sent again
+    return len(received) > len(set(received))  # the first was answered 500, and so was sent again
 
 
 async def drive_webhooks(driven: Driven, customer: str) -> None:
@@ -298,10 +461,11 @@ async def drive_webhooks(driven: Driven, customer: str) -> None:
     await post_event(driven, json.dumps({"id": personal["phone"], "object": "event"}), "webhook secret")
 
 
-async def post_event(driven: Driven, body: str, secret: str) -> httpx.Response:
+async def post_event(driven: Driven, body: str, secret: str, by: httpx.AsyncClient | None = None) -> httpx.Response:
     signature = stripe.WebhookSignature.generate_signature_header(body, driven.marks.secret[secret])
     driven.marks.secret[f"signature {len(driven.marks.secret)}"] = signature.rpartition("v1=")[2]
-    return await driven.call("POST", "/webhooks/stripe", None, content=body, headers={"Stripe-Signature": signature})
+    headers = {"Stripe-Signature": signature}
+    return await driven.call("POST", "/webhooks/stripe", None, by=by, content=body, headers=headers)
 
 
 async def drive_usage(driven: Driven, key: str, rolled: str, expired: str) -> None:

@@ -24,18 +24,20 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import Info, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
+from sqlalchemy import text
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from typer.testing import CliRunner
 
-from tallystick import cli, tracing, worker
+from tallystick import cli, db, tracing, worker
 from tallystick.gauges import measure_buffer, measure_queues
 from tallystick.loops import Loop, run_loops
 from tallystick.metrics import REGISTRY
 from tallystick.resources import Resources, open_resources
 from tallystick.usage.meters import refresh_meters
+from tallystick.webhooks.inbox import BATCH_SIZE
 from tests.conftest import WEBHOOK_SECRET, FakeStripe, make_settings
 from tests.notifications.receiving import endpoint, receiving, tell, with_endpoints
 from tests.serving import serve_in_thread
@@ -103,6 +105,27 @@ async def test_every_line_of_a_webhook_has_its_request_id_and_its_event(
     assert "event_id" not in line
 
 
+async def test_what_the_commit_says_of_an_event_has_its_request_id_too(
+    anonymous: httpx.AsyncClient, resources: Resources, lines: list[dict[str, Any]]
+) -> None:
+    """The task that commits works for many requests, and began before any of them."""
+    poor = {"type": "customer.created", "data": {"object": {"id": "cus_\x00", "object": "customer"}}}
+    quarantined = await anonymous.post("/webhooks/stripe", **signed(id="evt_1", **poor))
+    await run(resources, "ALTER TABLE customers ADD CONSTRAINT a_bug CHECK (id <> 'cus_1')")
+    try:
+        failed = await anonymous.post("/webhooks/stripe", **signed(id="evt_2", **NEW_CUSTOMER))
+    finally:
+        await run(resources, "ALTER TABLE customers DROP CONSTRAINT a_bug")
+    assert [
+        (line["event"], line["event_id"], line["request_id"]) for line in lines if line["event"].startswith("stripe_e")
+    ] == [
+        ("stripe_event_quarantined", "evt_1", quarantined.headers["x-request-id"]),
+        ("stripe_event", "evt_1", quarantined.headers["x-request-id"]),
+        ("stripe_event_failed", "evt_2", failed.headers["x-request-id"]),
+        ("stripe_event_refused", "evt_2", failed.headers["x-request-id"]),
+    ]
+
+
 async def test_every_line_of_a_loop_names_it(resources: Resources, lines: list[dict[str, Any]]) -> None:
     stop = asyncio.Event()
 
@@ -113,6 +136,89 @@ async def test_every_line_of_a_loop_names_it(resources: Resources, lines: list[d
 
     await run_loops(resources, [Loop("works", 60, work)], stop)
     assert [(line["event"], line["loop"]) for line in lines] == [("deep_inside", "works"), ("loop_ran", "works")]
+
+
+async def test_a_worker_that_waits_for_stripe_to_come_back_stops_at_once(
+    resources: Resources, fake_stripe: FakeStripe, lines: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tallystick.loops.STOP_WITHIN_SECONDS", 0.1)
+    fault = {"kind": "error_500", "path": "/v1/events", "times": 1_000}
+    (await fake_stripe.control.post("/_fake/faults", json=fault)).raise_for_status()
+    [recover] = [loop for loop in worker.LOOPS if loop.name == "recover"]
+    stop = asyncio.Event()
+
+    async def was_asked() -> bool:
+        return "/v1/events" in (await fake_stripe.control.get("/_fake/requests")).text
+
+    running = asyncio.create_task(run_loops(resources, [recover], stop))
+    await wait_until(was_asked)
+    stop.set()
+    await running
+    assert [line["event"] for line in lines] == []
+
+
+# What went wrong, without what was sent
+
+ERIKA = "erika@reference.example"  # named, since lines of code are shown
+
+
+async def test_an_error_is_told_by_its_class_and_code_and_never_by_its_text(
+    client: httpx.AsyncClient, resources: Resources, lines: list[dict[str, Any]]
+) -> None:
+    """PostgreSQL and its driver repeat the values that they were given."""
+    stop = asyncio.Event()
+
+    async def ask_nonsense(_: Resources, now: datetime) -> int:
+        stop.set()
+        async with db.transaction(resources.engine) as connection:
+            await connection.execute(text("SELECT CAST(:number AS integer)"), {"number": ERIKA})
+        return 0
+
+    await make_customer(resources)
+    await run(resources, f"ALTER TABLE customer_links ADD CONSTRAINT a_bug CHECK (ref <> '{ERIKA}')")
+    try:
+        answer = await client.put(f"/v1/customers/{ERIKA}", json={"customer": "cus_acme"})
+    finally:
+        await run(resources, "ALTER TABLE customer_links DROP CONSTRAINT a_bug")
+    await run_loops(resources, [Loop("asks", 60, ask_nonsense)], stop)
+
+    assert answer.status_code == 500
+    assert ERIKA not in str(lines)
+    [request, loop] = [line for line in lines if line["event"] in ("request_failed", "loop_failed")]
+    assert (request["error"], request["sqlstate"], loop["error"]) == ("IntegrityError", "23514", "DBAPIError")
+    assert "CheckViolationError" in request["traceback"]
+    assert "ask_nonsense" in loop["traceback"]
+
+
+def test_errors_that_others_log_are_told_without_their_texts() -> None:
+    program = """
+import asyncio, gc, logging, sys
+from tallystick.logs import configure_logs
+
+async def fail():
+    try:
+        raise KeyError(sys.argv[1])
+    except KeyError as error:
+        raise ExceptionGroup(sys.argv[1], [ValueError(sys.argv[1])]) from error
+
+async def forget_a_task():
+    asyncio.create_task(fail())
+    await asyncio.sleep(0)
+
+configure_logs("INFO")
+asyncio.run(forget_a_task())
+gc.collect()
+try:
+    raise ValueError(sys.argv[1])
+except ValueError:
+    logging.getLogger("uvicorn.error").exception("It failed")
+"""
+    ran = subprocess.run([sys.executable, "-c", program, ERIKA], capture_output=True, check=True, text=True)
+    [forgotten, failed] = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert (forgotten["event"], forgotten["error"]) == ("Task exception was never retrieved", "ExceptionGroup")
+    assert all(name in forgotten["traceback"] for name in ("KeyError", "ValueError", "in fail"))
+    assert (failed["event"], failed["error"]) == ("It failed", "ValueError")
+    assert ERIKA not in ran.stdout + ran.stderr
 
 
 def free_port() -> str:
@@ -148,7 +254,7 @@ async def test_every_line_of_a_process_is_json(
         await wait_until(ready)
     finally:
         process.send_signal(signal.SIGTERM)
-        await asyncio.to_thread(process.wait, 30)  # a loop that waits for Stripe is cut short after 20
+        await asyncio.to_thread(process.wait, 30)
     written = [json.loads(line) for line in log.read_text().splitlines()]
     assert process.returncode in (0, -signal.SIGTERM)
     assert all(line.keys() >= {"event", "level", "timestamp"} for line in written)
@@ -254,6 +360,24 @@ async def test_each_queue_shows_its_length_and_the_age_of_its_oldest(
     await run(resources, "DELETE FROM seal_requests")
     await measure_queues(resources, now)
     assert value_of("tallystick_queue_oldest_seconds", queue="seal_requests") == 0
+
+
+async def test_webhooks_that_wait_are_shown_with_the_age_of_the_oldest(
+    anonymous: httpx.AsyncClient, resources: Resources
+) -> None:
+    async def some_wait() -> bool:
+        return value_of("tallystick_webhooks_waiting") > 0
+
+    async with resources.engine.begin() as connection:
+        await connection.execute(text("LOCK TABLE stripe_events"))
+        # More than the two batches take that wait for the lock.
+        sent = [signed(id=f"evt_{number}", **NEW_CUSTOMER) for number in range(2 * BATCH_SIZE + 10)]
+        posted = asyncio.gather(*(anonymous.post("/webhooks/stripe", **one) for one in sent))
+        await wait_until(some_wait)
+        first = value_of("tallystick_oldest_waiting_webhook_seconds")
+        assert value_of("tallystick_oldest_waiting_webhook_seconds") > first > 0
+    assert {answer.status_code for answer in await posted} == {200}
+    assert value_of("tallystick_webhooks_waiting") == value_of("tallystick_oldest_waiting_webhook_seconds") == 0
 
 
 async def test_the_pool_and_the_release_are_shown(resources: Resources) -> None:

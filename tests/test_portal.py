@@ -134,6 +134,14 @@ async def test_a_key_needs_the_scope(app: FastAPI, resources: Resources) -> None
         assert (await client.post("/v1/portal/sessions", json={"customer": "acme"})).status_code == 403
 
 
+CHEAPER = {
+    "type": "subscription_update_confirm",
+    "subscription_update_confirm": {
+        "subscription": SUBSCRIPTION,
+        "items": [{"id": "si_1", "price": "price_of_friends"}],
+    },
+}
+
 AFTERWARDS: list[dict[str, Any]] = [
     {"type": "portal_homepage"},
     {"type": "hosted_confirmation", "hosted_confirmation": {"custom_message": "Thank you."}},
@@ -264,18 +272,24 @@ async def test_a_user_without_a_customer_is_a_404_and_a_wrong_token_a_401(fronte
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("body", "field"),
     [
-        {"configuration": "bpc_generous"},
-        {"flow_data": FLOWS[3]},
-        {"flow_data": FLOWS[6]},
+        ({"configuration": "bpc_generous"}, "configuration"),
+        ({"flow_data": FLOWS[3]}, "flow_data.subscription_cancel.retention"),
+        ({"flow_data": FLOWS[6]}, "flow_data.subscription_update_confirm.items"),
+        ({"flow_data": CHEAPER}, "flow_data.subscription_update_confirm.items"),
     ],
-    ids=["configuration", "retention", "discounts"],
+    ids=["configuration", "retention", "discounts", "price"],
 )
-async def test_a_user_does_not_choose_what_the_portal_permits_nor_what_is_given_to_him(
-    frontend: httpx.AsyncClient, body: dict[str, Any]
+async def test_a_user_does_not_choose_what_the_portal_permits_nor_what_he_pays(
+    frontend: httpx.AsyncClient, api_key: str, body: dict[str, Any], field: str
 ) -> None:
-    assert (await frontend.post("/v1/portal/sessions", json=body)).status_code == 403
+    answer = await frontend.post("/v1/portal/sessions", json=body)
+    assert (answer.status_code, answer.json()["field"]) == (403, field)
+    # The product may, for any of its customers.
+    with_key = {"Authorization": f"Bearer {api_key}"}
+    answer = await frontend.post("/v1/portal/sessions", json=body | {"customer": "acme"}, headers=with_key)
+    assert answer.status_code != 403
 
 
 async def test_a_user_cannot_end_somebody_else_s_subscription(frontend: httpx.AsyncClient) -> None:

@@ -26,7 +26,9 @@ from tallystick.crowd import Crowd
 from tallystick.db import is_storage_failure
 from tallystick.end_users import EndUsers
 from tallystick.errors import PROBLEM_MEDIA_TYPE, InvalidRequest, NotFound, Problem, Unavailable
+from tallystick.json_faults import explain
 from tallystick.limits import Limiter
+from tallystick.logs import describe_error
 from tallystick.observer import Observer
 from tallystick.openapi import describe_plain_routes
 from tallystick.plain_routes import PlainRoutes
@@ -161,6 +163,8 @@ async def answer_problem(request: Request, error: Exception) -> Response:
 async def answer_invalid(request: Request, error: Exception) -> Response:
     """A body or parameter that FastAPI refused: the first field to blame, and all of them in `errors`."""
     assert isinstance(error, RequestValidationError)
+    if isinstance(error.__cause__, ValueError):
+        return _answer_unreadable(request, error.__cause__)
     found = [{"field": _field(problem["loc"]), "message": str(problem["msg"])} for problem in error.errors()]
     problem = InvalidRequest(found[0]["message"], field=found[0]["field"])
     return JSONResponse(problem.body() | {"errors": found}, problem.status, media_type=PROBLEM_MEDIA_TYPE)
@@ -171,6 +175,14 @@ def _field(location: Any) -> str:
     return ".".join(str(part) for part in location[1:]) or str(location[0])
 
 
+def _answer_unreadable(request: Request, cause: Exception) -> Response:
+    """A body that is no JSON: FastAPI raises the parser's error with one of its own."""
+    reason, field = explain(b"".join(request.scope["tallystick.body"]), cause)
+    return InvalidRequest(
+        f"The body is not valid JSON: {reason}.", field=field, type="invalid-json", status=400
+    ).answer()
+
+
 async def answer_http_error(request: Request, error: Exception) -> Response:
     """Starlette's own: no such path, no such method; and what was found while a body was read."""
     assert isinstance(error, HTTPException)
@@ -178,6 +190,8 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
         return await answer_problem(request, error.problem)
     if error.status_code == 404:
         return await answer_problem(request, NotFound(f"There is no {request.url.path!a}; see /docs."))
+    if isinstance(error.__cause__, ValueError | RecursionError):
+        return _answer_unreadable(request, error.__cause__)
     problem = InvalidRequest(error.detail, status=error.status_code, type="http-error")
     return JSONResponse(problem.body(), problem.status, error.headers, PROBLEM_MEDIA_TYPE)
 
@@ -191,8 +205,8 @@ async def answer_storage_error(request: Request, error: Exception) -> Response:
 
 
 async def answer_bug(request: Request, error: Exception) -> Response:
-    """Anything unforeseen: no detail leaves the service; the log has the traceback."""
-    log.error("request_failed", route=_route(request), exc_info=error)
+    """Anything unforeseen: no detail leaves the service; the log has its class and the lines of code."""
+    log.error("request_failed", route=_route(request), **describe_error(error))
     return await answer_problem(request, Problem())
 
 

@@ -25,7 +25,7 @@ from tallystick.limits import Limiter
 
 SCOPES = ("usage:write", "usage:read", "access:read", "portal:create", "customers:write", "admin")
 
-# How long a revoked key may still work, against one query a request.
+# How long a revoked key may still work while PostgreSQL can be asked, against one query a request.
 FRESH_FOR = timedelta(seconds=10)
 # A secret that does not match may be a new one: its key is read again, but not for each guess of an attacker.
 FRESH_FOR_A_REFUSAL = timedelta(seconds=1)

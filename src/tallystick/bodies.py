@@ -83,11 +83,14 @@ class LimitedBodies:
             await self.app(scope, receive, send)
             return
         size = counted = 0
+        # For the answer to what cannot be read (app.py): FastAPI keeps the body from it.
+        chunks = scope["tallystick.body"] = []
 
         async def receive_within_limits() -> Message:
             nonlocal size, counted
             message = await receive()
-            number = len(message.get("body", b""))
+            chunks.append(message.get("body", b""))
+            number = len(chunks[-1])
             size += number
             if size > self.limit_bytes:
                 raise BodyRefused(_too_large(self.limit_bytes))

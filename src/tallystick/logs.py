@@ -2,8 +2,50 @@
 
 import logging
 import sys
+from traceback import format_tb
 
 import structlog
+
+# More causes than this an error has only when they go round in a circle.
+MAX_CAUSES = 20
+
+
+def describe_error(error: BaseException) -> dict[str, str]:
+    """What a line says of an error: its class, PostgreSQL's SQLSTATE if there is one, and the lines of code.
+
+    Never its text, nor that of a cause: it may repeat what was sent, as "DETAIL: Key (ref)=(erika)".
+    """
+    chain = _list_causes(error)
+    told = {"error": type(error).__name__}
+    if sqlstate := next((state for each in chain if isinstance(state := getattr(each, "sqlstate", None), str)), None):
+        told["sqlstate"] = sqlstate
+    # The first cause first, as Python shows them.
+    told["traceback"] = "\n".join(
+        "".join(format_tb(each.__traceback__)) + type(each).__qualname__ for each in reversed(chain)
+    )
+    return told
+
+
+def _list_causes(error: BaseException) -> list[BaseException]:
+    """The error and what led to it: causes, errors that were being handled, and the members of a group."""
+    chain = [error]
+    for each in chain:
+        cause = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
+        members = each.exceptions if isinstance(each, BaseExceptionGroup) else ()
+        chain += [other for other in (cause, *members) if other is not None and other not in chain]
+        if len(chain) > MAX_CAUSES:
+            break
+    return chain
+
+
+def _replace_exception(_: object, __: str, line: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """What others log with an exception, as the server and asyncio do, without its text."""
+    given = line.pop("exc_info", None)
+    error = given[1] if isinstance(given, tuple) else sys.exception() if given is True else given
+    if not isinstance(error, BaseException):
+        return line
+    # What follows the first line shows the task that failed, and in it the exception.
+    return {**line, "event": str(line["event"]).partition("\n")[0], **describe_error(error)}
 
 
 def configure_logs(level: str) -> None:
@@ -14,7 +56,7 @@ def configure_logs(level: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     structlog.configure(
-        processors=[*shared, structlog.processors.format_exc_info, structlog.processors.JSONRenderer()],
+        processors=[*shared, _replace_exception, structlog.processors.JSONRenderer()],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level]),
         cache_logger_on_first_use=True,
     )
@@ -24,7 +66,7 @@ def configure_logs(level: str) -> None:
             foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.processors.format_exc_info,
+                _replace_exception,
                 structlog.processors.JSONRenderer(),
             ],
         )

@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 from structlog.contextvars import bind_contextvars
 
 from tallystick import tracing
+from tallystick.logs import describe_error
 from tallystick.metrics import LOOP_LAST_DONE, LOOP_RUNS
 from tallystick.redis_client import KEY_TAG, REDIS_ERRORS
 from tallystick.resources import Resources
@@ -55,6 +56,8 @@ class Loop:
     name: str
     every_seconds: float
     run_once: Callable[[Resources, datetime], Awaitable[int]]
+    # For a run that mostly waits for Stripe, by pauses of its own, and goes on another time where it was.
+    stops_at_once: bool = False
 
 
 async def run_loops(resources: Resources, loops: Sequence[Loop], stop: asyncio.Event) -> None:
@@ -64,6 +67,9 @@ async def run_loops(resources: Resources, loops: Sequence[Loop], stop: asyncio.E
         running = [group.create_task(_run_loop(resources, loop, stop, done), name=loop.name) for loop in loops]
         group.create_task(_note_done(resources.redis, done, stop))
         await stop.wait()
+        for loop, task in zip(loops, running, strict=True):
+            if loop.stops_at_once:
+                task.cancel()
         _, unfinished = await asyncio.wait(running, timeout=STOP_WITHIN_SECONDS)
         for task in unfinished:
             log.warning("loop_cut_short", loop=task.get_name())
@@ -81,7 +87,7 @@ async def _run_loop(resources: Resources, loop: Loop, stop: asyncio.Event, ended
         except Exception as error:  # noqa: BLE001  the loop's edge: whatever went wrong, the next run starts from what is committed
             failures += 1
             LOOP_RUNS.labels(loop.name, "failed").inc()
-            log.warning("loop_failed", failures=failures, error=type(error).__name__, detail=_brief(error))
+            log.warning("loop_failed", failures=failures, **describe_error(error))
         else:
             failures = 0
             ended[loop.name] = int(time())
@@ -120,8 +126,3 @@ async def _wait(stop: asyncio.Event, seconds: float) -> None:
             await stop.wait()
     except TimeoutError:
         return
-
-
-def _brief(error: Exception) -> str:
-    """The first line of an error's text: SQL statements and their parameters come after it."""
-    return str(error).partition("\n")[0][:200]

@@ -41,6 +41,12 @@ WEBHOOK_BATCH_SIZE = Histogram(
     buckets=(1, 2, 4, 8, 16, 32, 64),
     registry=REGISTRY,
 )
+WEBHOOKS_WAITING = Gauge(
+    "tallystick_webhooks_waiting", "Verified Stripe events of this process that wait for a commit.", registry=REGISTRY
+)
+OLDEST_WEBHOOK_SECONDS = Gauge(
+    "tallystick_oldest_waiting_webhook_seconds", "For how long the oldest of them has waited.", registry=REGISTRY
+)
 WEBHOOK_SECONDS = Histogram(
     "tallystick_webhook_seconds", "From a verified webhook to its commit.", buckets=_SECONDS, registry=REGISTRY
 )

@@ -61,7 +61,7 @@ LOOPS = (
     Loop("thresholds", 5, announce_thresholds),
     Loop("notifications", 0.5, deliver_notifications),
     Loop("refresh", 2, refresh_mirror),
-    Loop("recover", 60, recover_events),
+    Loop("recover", 60, recover_events, stops_at_once=True),
     Loop("grace", 5, expire_grace),
     Loop("access_rules", 5, follow_rules),
     Loop("timeline_retention", 3600, forget_timeline),

@@ -7,9 +7,7 @@ from fastapi import FastAPI
 
 from tallystick import db
 from tallystick.access.routes import FIND_ACCESS_OF_ALL, AccessReader
-from tallystick.auth import create_key
 from tallystick.resources import Resources, open_resources
-from tests.conftest import open_client
 from tests.webhooks.stripe_events import customer, deliver, event, invoice, subscription
 
 
@@ -118,36 +116,6 @@ async def test_what_cannot_be_asked_for(client: httpx.AsyncClient, asked: object
     answer = await client.post("/v1/access", json={"customers": asked})
 
     assert (answer.status_code, answer.headers["content-type"]) == (422, "application/problem+json")
-
-
-ROUTES = (
-    ("GET", "/v1/customers/acme/access", None),
-    ("GET", "/v1/customers/acme/timeline", None),
-    ("GET", "/v1/customers/acme", None),
-    ("POST", "/v1/access", {"customers": ["acme"]}),
-    ("GET", "/v1/events/evt_1", None),
-    ("PUT", "/v1/customers/acme", {"customer": "cus_1"}),
-    ("DELETE", "/v1/customers/acme", None),
-)
-
-
-@pytest.mark.parametrize(
-    ("scope", "methods"),
-    [
-        ("access:read", {"GET", "POST"}),
-        ("customers:write", {"PUT", "DELETE"}),
-        ("usage:write", set()),
-        ("admin", {"GET", "POST", "PUT", "DELETE"}),
-    ],
-)
-async def test_each_route_asks_for_its_scope(app: FastAPI, resources: Resources, scope: str, methods: set[str]) -> None:
-    async with db.transaction(resources.engine) as connection:
-        key = await create_key(connection, name="one scope", source="tests", scopes=[scope])
-    async with open_client(app, key) as limited, open_client(app, None) as without_key:
-        for method, path, body in ROUTES:
-            status = (await limited.request(method, path, json=body)).status_code
-            assert (status != 403) is (method in methods), (method, path, status)
-            assert (await without_key.request(method, path, json=body)).status_code == 401
 
 
 async def test_those_who_ask_at_once_get_each_their_own_answer(client: httpx.AsyncClient) -> None:

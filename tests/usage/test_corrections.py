@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from tallystick import cli, db
 from tallystick.auth import create_key
+from tallystick.errors import InvalidRequest
 from tallystick.resources import Resources
 from tallystick.rules import Rules
 from tallystick.usage.cancellations import ASK_AGAIN, cancel_events
@@ -345,6 +346,12 @@ async def test_a_refused_proposal_changes_nothing_and_the_event_can_be_corrected
     listed = await command("list", "--json")
     assert [(row["id"], row["customer"], row["delta"]) for row in json.loads(listed)] == [("c1", "acme", "-6")]
     assert "in_1" in await command("list")
+    for decision in ("settle", "refuse"):
+        refused = await asyncio.to_thread(
+            CliRunner().invoke, cli.app, ["corrections", decision, "c1", "--note", "paid by 4242 4242 4242 4242"]
+        )
+        assert isinstance(refused.exception, InvalidRequest)
+        assert (refused.exception.type, refused.exception.field) == ("card-number", "--note")
     await command("refuse", "c1", "--note", "not ours")
     again = (await adjust(client, "c2", "7")).json()
     assert again["delta"] == "-3"

@@ -187,6 +187,7 @@ async def test_metadata_wins_over_a_checkout_and_a_link_over_both(
         {"client_reference_id": ""},
         {"client_reference_id": "x" * 101},
         {"client_reference_id": "a\x00"},
+        {"client_reference_id": "4242424242424242"},
         {"customer": None},
     ],
     ids=str,

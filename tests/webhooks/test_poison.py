@@ -86,6 +86,7 @@ CASES: dict[str, Callable[[], Sent]] = {
     "half of a surrogate pair in metadata": lambda: about(metadata={"note": "\ud800"}),
     "metadata nested 400 deep": lambda: about(metadata=nested(400)),
     "a NUL byte in the customer's reference": lambda: about(metadata={"tallystick_ref": "a\x00b"}),
+    "a card number as the customer's reference": lambda: about(metadata={"tallystick_ref": "4242.4242.4242.4242"}),
     "times that are no times": lambda: signed(
         event("customer.subscription.updated", subscription(cancel_at=10**30, trial_end="soon", start_date=[1]))
     ),

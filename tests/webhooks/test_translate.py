@@ -9,14 +9,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tallystick import db
-from tallystick.mirror.changes import InvoiceChange, SubscriptionChange
+from tallystick.mirror.changes import CustomerChange, InvoiceChange, SubscriptionChange
 from tallystick.resources import Resources
 from tallystick.rules import AccessRules
 from tallystick.webhooks.inbox import record_events
 from tallystick.webhooks.translate import Translation, translate
 from tallystick.webhooks.verification import StripeEvent
 from tests.conftest import empty_stores
-from tests.webhooks.stripe_events import NOON, customer, event, invoice, item, price, subscription
+from tests.webhooks.stripe_events import NOON, checkout_session, customer, event, invoice, item, price, subscription
 
 KEY = "tallystick_ref"
 
@@ -81,6 +81,16 @@ def test_the_reference_is_read_from_the_key_that_is_set() -> None:
     sent = event("customer.created", customer(metadata={"org": "acme", KEY: "other"}))
 
     assert translate(sent, "org").change.ref == "acme"  # type: ignore[union-attr]
+
+
+def test_a_reference_that_holds_a_card_number_is_not_kept() -> None:
+    card = "4242 4242 4242 4242"
+    change = translate(event("customer.created", customer(metadata={KEY: card}, delinquent=True)), KEY).change
+    checkout = checkout_session(client_reference_id=card)
+
+    assert isinstance(change, CustomerChange)
+    assert (change.ref, change.delinquent) == (None, True)
+    assert translate(event("checkout.session.completed", checkout), KEY).change is None
 
 
 def test_a_subscription_that_was_deleted_is_canceled_whatever_its_status_says() -> None:

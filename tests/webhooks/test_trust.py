@@ -63,6 +63,7 @@ WRONG_SIGNATURES: dict[str, Callable[[], str | None]] = {
     "no signature": lambda: "t=1760000000",
     "another secret": lambda: sign(good(), secret="whsec_of_somebody_else")["Stripe-Signature"],
     "another body": lambda: sign("{}")["Stripe-Signature"],
+    "a time with a tail": lambda: sign(good())["Stripe-Signature"].replace(",v1=", "=x,v1="),
     "another scheme": lambda: sign(good())["Stripe-Signature"].replace("v1=", "v0="),
 }
 

@@ -116,10 +116,10 @@ class SubscriptionUpdateConfirm(_Part):
 
     subscription: SubscriptionId
     # Stripe takes one item, of a subscription that has one.
-    items: Annotated[list[Item], Field(min_length=1, max_length=1)]
-    discounts: Annotated[list[Discount], Field(max_length=20)] | None = Field(
-        default=None, description="Not for end users: they give money away."
-    )
+    items: Annotated[
+        list[Item], Field(min_length=1, max_length=1, description="Not for end users: any price may be asked for.")
+    ]
+    discounts: Annotated[list[Discount], Field(max_length=20)] | None = None
 
 
 class FlowData(_Part):
@@ -157,10 +157,13 @@ class FlowData(_Part):
         done = self.after_completion
         return done.redirect.return_url if done is not None and done.redirect is not None else None
 
-    def gift(self) -> str | None:
-        """The field that gives money away, if there is one: for the product to decide, not for its users."""
+    def for_keys_only(self) -> str | None:
+        """The field that decides what the customer pays, if there is one: for the product, and not for its users.
+
+        Of `items` Stripe does not say that the portal's configuration bounds which price may be confirmed.
+        """
         if self.subscription_cancel is not None and self.subscription_cancel.retention is not None:
             return "flow_data.subscription_cancel.retention"
-        if self.subscription_update_confirm is not None and self.subscription_update_confirm.discounts:
-            return "flow_data.subscription_update_confirm.discounts"
+        if self.subscription_update_confirm is not None:
+            return "flow_data.subscription_update_confirm.items"
         return None

@@ -158,9 +158,9 @@ async def _choose_customer(resources: Resources, body: PortalSessionRequest, use
     # The same answer whether the other customer exists or not.
     if body.customer is not None and body.customer not in (user.reference, customer):
         raise Forbidden("End users may open their own portal only.", field="customer", type="not-your-customer")
-    # Both are the product's decisions: what its portal permits, and whom it gives money.
-    gift = body.flow_data.gift() if body.flow_data is not None else None
-    if (field := gift or ("configuration" if body.configuration is not None else None)) is not None:
+    # The product's decisions: what its portal permits, which price somebody pays, and whom it gives money.
+    decided = body.flow_data.for_keys_only() if body.flow_data is not None else None
+    if (field := decided or ("configuration" if body.configuration is not None else None)) is not None:
         raise Forbidden("This field is for API keys only.", field=field)
     if customer is None:
         raise UnknownCustomer(user.reference)

@@ -91,6 +91,10 @@ def refuse(correction: CorrectionId, note: Note, source: Source = None) -> None:
 
 
 def _decide(id: str, source: str | None, state: Literal["settled", "refused"], note: str) -> None:
+    from tallystick.card_numbers import refuse_card_number
+
+    refuse_card_number(note, field="--note")
+
     async def work(resources: "Resources") -> list[str]:
         from sqlalchemy import text
 

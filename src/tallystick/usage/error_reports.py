@@ -161,7 +161,7 @@ async def _fetch(resources: Resources, event_id: str, failures: int, now: dateti
     try:
         event = await resources.stripe.v2.core.events.retrieve_async(event_id)
     except STRIPE_ERRORS as error:
-        log.warning("error_report_not_fetched", id=event_id, error=type(error).__name__, status=error.http_status)
+        log.warning("error_report_not_fetched", event_id=event_id, error=type(error).__name__, status=error.http_status)
         pause = min(timedelta(seconds=2 ** min(failures, 16)), LONGEST_PAUSE)
         async with db.transaction(resources.engine) as connection:
             await connection.execute(POSTPONE, {"event": event_id, "next_attempt_at": now + pause, "failures": 1})
@@ -172,7 +172,8 @@ async def _fetch(resources: Resources, event_id: str, failures: int, now: dateti
         found = await _settle(connection, event_id, samples, reason.get("error_count"), now)
     if found is None:
         return False
-    log.error("usage_not_billed", report=event_id, errors=reason.get("error_count"), found=found, named=len(samples))
+    errors = reason.get("error_count")
+    log.error("usage_not_billed", event_id=event_id, errors=errors, found=found, named=len(samples))
     return True
 
 

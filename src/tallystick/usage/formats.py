@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from datetime import datetime
 from decimal import Decimal
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 from starlette.datastructures import Headers
 
 from tallystick.errors import InvalidRequest, Unsupported
+from tallystick.json_faults import explain, refuse_constant
 from tallystick.usage.cloudevents import (
     find_cloudevent_id,
     is_binary_mode,
@@ -118,7 +119,9 @@ def _parse_json(raw: bytes) -> Any:
     try:
         return _decode_json(raw)
     except InvalidJson as error:
-        raise InvalidRequest(f"The body is not valid JSON: {error}.", type="invalid-json", status=400) from error
+        raise InvalidRequest(
+            f"The body is not valid JSON: {error}.", field=error.field, type="invalid-json", status=400
+        ) from error
 
 
 def _parse_lines(raw: bytes) -> list[Any]:
@@ -135,26 +138,19 @@ def _parse_lines(raw: bytes) -> list[Any]:
 
 
 class InvalidJson(Exception):
-    """What is wrong with a JSON text."""
+    """What is wrong with a JSON text, and in which field."""
+
+    def __init__(self, reason: str, field: str | None) -> None:
+        super().__init__(reason if field is None else f"{reason}, in the field {field!a}")
+        self.field = field
 
 
 def _decode_json(raw: bytes) -> Any:
     """A JSON text (RFC 8259) with every number a `Decimal`, and `Unreadable` for an object that repeats a name."""
     try:
         return _DECODER.decode(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise InvalidJson("it is not UTF-8") from error
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise InvalidJson(f"{line}column {error.colno} cannot be read") from error
-    except ArithmeticError as error:
-        raise InvalidJson("it has a number beyond all bounds") from error
-    except RecursionError as error:
-        raise InvalidJson("it is nested too deeply") from error
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise InvalidJson(f"it has no number {name}")  # RFC 8259 has no NaN and no Infinity
+    except (ValueError, ArithmeticError, RecursionError) as error:
+        raise InvalidJson(*explain(raw, error)) from error
 
 
 def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Unreadable:
@@ -168,5 +164,5 @@ def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Unreadable:
 
 
 _DECODER = json.JSONDecoder(
-    parse_float=Decimal, parse_int=Decimal, parse_constant=_refuse_constant, object_pairs_hook=_read_object
+    parse_float=Decimal, parse_int=Decimal, parse_constant=refuse_constant, object_pairs_hook=_read_object
 )

@@ -15,10 +15,10 @@ event's id and its effect are one transaction.
 import asyncio
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextvars import Context, copy_context
 from datetime import UTC, datetime, timedelta
 from time import perf_counter
-from traceback import format_tb
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 import structlog
@@ -33,7 +33,15 @@ from tallystick.access.state import recompute_access
 from tallystick.access.timeline import lines_of
 from tallystick.bodies import read_body
 from tallystick.errors import Problem, StorageFailed, Unavailable
-from tallystick.metrics import WEBHOOK_BATCH_SIZE, WEBHOOK_EVENTS, WEBHOOK_REFUSED, WEBHOOK_SECONDS
+from tallystick.logs import describe_error
+from tallystick.metrics import (
+    OLDEST_WEBHOOK_SECONDS,
+    WEBHOOK_BATCH_SIZE,
+    WEBHOOK_EVENTS,
+    WEBHOOK_REFUSED,
+    WEBHOOK_SECONDS,
+    WEBHOOKS_WAITING,
+)
 from tallystick.mirror.apply import apply_changes
 from tallystick.mirror.changes import InvoiceChange
 from tallystick.resources import Resources
@@ -218,12 +226,21 @@ def _drafts(events: Sequence[StripeEvent], translations: Mapping[str, Translatio
     }
 
 
+class _Waiting(NamedTuple):
+    """An event whose request waits for its commit."""
+
+    event: StripeEvent
+    committed: asyncio.Future[Verdict]
+    since: float
+    request: Context  # in which lines about this event carry the request's id
+
+
 class Inbox:
     """Verified events that wait for their commit, and the tasks that commit them."""
 
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
-        self._waiting: deque[tuple[StripeEvent, asyncio.Future[Verdict]]] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._arrived = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
         self._open = False
@@ -231,6 +248,8 @@ class Inbox:
     async def start(self) -> None:
         """Begin to take events."""
         self._open = True
+        WEBHOOKS_WAITING.set_function(lambda: len(self._waiting))
+        OLDEST_WEBHOOK_SECONDS.set_function(lambda: perf_counter() - self._waiting[0].since if self._waiting else 0)
         self._tasks = [asyncio.create_task(self._run(), name="webhooks") for _ in range(BATCHES_AT_ONCE)]
 
     async def stop(self) -> None:
@@ -259,7 +278,7 @@ class Inbox:
                         raise StorageFailed("The service is stopping.")
                     if len(self._waiting) >= MAX_WAITING:
                         raise Unavailable("Too many events are waiting.", retry_after_seconds=RETRY_AFTER_SECONDS)
-                    self._waiting.append((event, committed))
+                    self._waiting.append(_Waiting(event, committed, perf_counter(), copy_context()))
                     self._arrived.notify()
                 return await committed
         except TimeoutError:
@@ -272,19 +291,18 @@ class Inbox:
             try:
                 await self._settle(batch)
             except Exception as error:  # noqa: BLE001  the task's edge: if it ended, nobody would commit what comes next
-                log.error("stripe_events_not_settled", events=len(batch), **_place(error))
+                log.error("stripe_events_not_settled", events=len(batch), **describe_error(error))
                 self._fail(batch, StorageFailed())
             await asyncio.sleep(GATHER_SECONDS)
 
-    async def _take(self) -> list[tuple[StripeEvent, asyncio.Future[Verdict]]]:
+    async def _take(self) -> list[_Waiting]:
         async with self._arrived:
             await self._arrived.wait_for(lambda: self._waiting or not self._open)
             return [self._waiting.popleft() for _ in range(min(BATCH_SIZE, len(self._waiting)))]
 
-    async def _settle(self, batch: list[tuple[StripeEvent, asyncio.Future[Verdict]]]) -> None:
-        events = [event for event, _ in batch]
+    async def _settle(self, batch: list[_Waiting]) -> None:
         try:
-            verdicts = await self._commit(events)
+            verdicts = await self._commit([one.event for one in batch])
         except Exception as error:  # noqa: BLE001  the batch's edge: one bad event must not take the others along
             if db.is_storage_failure(error):
                 log.warning("stripe_events_not_stored", events=len(batch), error=type(error).__name__)
@@ -293,12 +311,12 @@ class Inbox:
                 for one in batch:
                     await self._settle([one])
             else:
-                await self._settle_failed(*batch[0], error)
+                await self._settle_failed(batch[0], error)
             return
-        for (event, committed), verdict in zip(batch, verdicts, strict=True):
+        for one, verdict in zip(batch, verdicts, strict=True):
             if verdict == "quarantined":
-                log.error("stripe_event_quarantined", event_id=event.id, type=event.type)
-            _answer(committed, verdict)
+                _log_error(one, "stripe_event_quarantined")
+            _answer(one.committed, verdict)
 
     async def _commit(self, events: Sequence[StripeEvent]) -> list[Verdict]:
         reference_key = self._resources.settings.customer_reference_key
@@ -307,30 +325,30 @@ class Inbox:
             async with asyncio.timeout(COMMIT_WITHIN_SECONDS), db.transaction(self._resources.engine) as connection:
                 return await record_events(connection, events, reference_key, rules, datetime.now(UTC))
 
-    async def _settle_failed(self, event: StripeEvent, committed: asyncio.Future[Verdict], error: Exception) -> None:
+    async def _settle_failed(self, one: _Waiting, error: Exception) -> None:
         """A bug of ours: let Stripe try again some times, in case the next release knows better, then set it aside."""
-        log.error("stripe_event_failed", event_id=event.id, type=event.type, **_place(error))
+        _log_error(one, "stripe_event_failed", **describe_error(error))
         try:
             async with asyncio.timeout(COMMIT_WITHIN_SECONDS), db.transaction(self._resources.engine) as connection:
-                quarantined = await _count_failure(connection, event, type(error).__name__)
+                quarantined = await _count_failure(connection, one.event, type(error).__name__)
         except db.STORAGE_ERRORS:
-            self._fail([(event, committed)], StorageFailed())
+            self._fail([one], StorageFailed())
             return
         if quarantined:
-            log.error("stripe_event_quarantined", event_id=event.id, type=event.type, error=type(error).__name__)
-            _answer(committed, "quarantined")
+            _log_error(one, "stripe_event_quarantined", error=type(error).__name__)
+            _answer(one.committed, "quarantined")
         else:
-            self._fail([(event, committed)], Problem("The event could not be handled; it is tried again."))
+            self._fail([one], Problem("The event could not be handled; it is tried again."))
 
-    def _fail(self, batch: Sequence[tuple[StripeEvent, asyncio.Future[Verdict]]], problem: Problem) -> None:
-        for _, committed in batch:
-            if not committed.done():  # done: its request was cancelled, or gave up waiting
-                committed.set_exception(problem)
+    def _fail(self, batch: Sequence[_Waiting], problem: Problem) -> None:
+        for one in batch:
+            if not one.committed.done():  # done: its request was cancelled, or gave up waiting
+                one.committed.set_exception(problem)
 
 
-def _place(error: Exception) -> dict[str, str]:
-    # The error's text may repeat what was sent; its class and the lines of code say enough.
-    return {"error": type(error).__name__, "traceback": "".join(format_tb(error.__traceback__))}
+def _log_error(about: _Waiting, line: str, **fields: str) -> None:
+    """Write a line as the event's own request would: the task that commits is nobody's."""
+    about.request.run(log.error, line, event_id=about.event.id, type=about.event.type, **fields)
 
 
 def _answer(committed: asyncio.Future[Verdict], verdict: Verdict) -> None:

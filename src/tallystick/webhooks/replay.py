@@ -7,13 +7,13 @@ is of use for those in quarantine, once the code that failed on them is mended, 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from traceback import format_tb
 from urllib.parse import quote
 
 import structlog
 from sqlalchemy import text
 
 from tallystick import db
+from tallystick.logs import describe_error
 from tallystick.resources import Resources
 from tallystick.webhooks.inbox import record_events
 from tallystick.webhooks.reading import Reader
@@ -73,14 +73,7 @@ async def replay(reader: Reader, event_id: str, now: datetime) -> Replayed:
     except Exception as error:
         if db.is_storage_failure(error):
             raise
-        # The error's text may repeat what was in the event; its class and the lines of code say enough.
-        log.error(
-            "replay_failed",
-            id=event_id,
-            type=event.type,
-            error=type(error).__name__,
-            traceback="".join(format_tb(error.__traceback__)),
-        )
+        log.error("replay_failed", event_id=event_id, type=event.type, **describe_error(error))
         return Replayed(event_id, None, None, f"our own code failed on it: {type(error).__name__}")
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from tallystick.card_numbers import holds_card_number
 from tallystick.mirror.changes import (
     AnyChange,
     CheckoutSessionChange,
@@ -144,7 +145,7 @@ def translate_object(
         case "payment_method":
             change = _payment_method(payload, mark)
         case "checkout.session":
-            if payload.get("customer") is None or text(payload.get("client_reference_id"), MAX_REFERENCE) is None:
+            if payload.get("customer") is None or _reference(payload.get("client_reference_id")) is None:
                 return IGNORED  # it links nothing
             change = _checkout_session(payload, mark)
         case _ if kind == SUMMARY:
@@ -212,6 +213,12 @@ def _kind_of(event_type: str) -> str | None:
             return None
 
 
+def _reference(value: object) -> str | None:
+    # Usage and access that name a card number are refused, so that one which stands at Stripe would mean nobody.
+    reference = text(value, MAX_REFERENCE)
+    return None if reference is not None and holds_card_number(reference) else reference
+
+
 def _customer(payload: Mapping[str, Any], mark: Mark, reference_key: str) -> CustomerChange | None:
     object_id = id_of(payload)
     if object_id is None:
@@ -219,7 +226,7 @@ def _customer(payload: Mapping[str, Any], mark: Mark, reference_key: str) -> Cus
     return CustomerChange(
         id=object_id,
         mark=mark,
-        ref=text(_object(payload.get("metadata")).get(reference_key), MAX_REFERENCE),
+        ref=_reference(_object(payload.get("metadata")).get(reference_key)),
         delinquent=_flag(payload.get("delinquent")),
         default_payment_method=id_of(_object(payload.get("invoice_settings")).get("default_payment_method")),
     )
@@ -325,8 +332,7 @@ def _invoice(payload: Mapping[str, Any], mark: Mark) -> InvoiceChange | None:
 
 
 def _payment_method(payload: Mapping[str, Any], mark: Mark) -> PaymentMethodChange | None:
-    object_id = id_of(payload)
-    if object_id is None:
+    if (object_id := id_of(payload)) is None:
         return None
     customer, type_ = id_of(payload.get("customer")), text(payload.get("type"))
     return PaymentMethodChange(id=object_id, mark=mark, customer=customer, type=type_)
@@ -334,7 +340,7 @@ def _payment_method(payload: Mapping[str, Any], mark: Mark) -> PaymentMethodChan
 
 def _checkout_session(payload: Mapping[str, Any], mark: Mark) -> CheckoutSessionChange | None:
     object_id, customer = id_of(payload), id_of(payload.get("customer"))
-    reference = text(payload.get("client_reference_id"), MAX_REFERENCE)
+    reference = _reference(payload.get("client_reference_id"))
     if object_id is None or customer is None or reference is None:
         return None
     return CheckoutSessionChange(id=object_id, mark=mark, customer=customer, client_reference_id=reference)

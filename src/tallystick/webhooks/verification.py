@@ -16,6 +16,7 @@ import stripe
 from pydantic import SecretStr
 
 from tallystick.errors import NotFound, Untrusted
+from tallystick.json_faults import explain, refuse_constant
 from tallystick.metrics import WEBHOOK_SECRETS
 from tallystick.resources import Resources
 from tallystick.webhooks.translate import id_of, instant
@@ -72,8 +73,8 @@ def read_event(raw: bytes, signature: str | None, endpoint: Endpoint, tolerance:
     """
     try:
         body = raw.decode()
-    except UnicodeDecodeError:
-        _refuse("webhook-body-invalid", "The body is not UTF-8.")
+    except UnicodeDecodeError as error:
+        _refuse("webhook-body-invalid", f"The body is not UTF-8: byte {error.start + 1} is none of it.")
     _verify(body, signature, endpoint, tolerance, now)
     event = _parse(body)
     created = event.get("created")
@@ -87,7 +88,9 @@ def read_event(raw: bytes, signature: str | None, endpoint: Endpoint, tolerance:
     event_id, type_, livemode = usable_text(event.get("id")), usable_text(event.get("type")), event.get("livemode")
     of_account = "" if account is None else usable_text(account)
     if event_id is None or type_ is None or at is None or of_account is None or not isinstance(livemode, bool):
-        _refuse("webhook-body-invalid", "The event lacks a usable id, type, created, livemode or account.")
+        usable = {"id": event_id, "type": type_, "created": at, "account": of_account}
+        lacks = next((name for name, value in usable.items() if value is None), "livemode")
+        _refuse("webhook-body-invalid", f"The event lacks a usable {lacks!r}.", lacks)
     api_version = usable_text(event.get("api_version"))
     return StripeEvent(event_id, type_, livemode, api_version, id_of(subject), at, event, of_account)
 
@@ -131,8 +134,11 @@ def _verify(body: str, header: str | None, endpoint: Endpoint, tolerance: int, n
         break
     else:
         _refuse("webhook-signature-invalid", "The signature fits none of the endpoint's secrets.")
-    # The SDK would check the age only into the past. That it verified the header means that `t` is a number.
-    signed_at = int(next(part[2:] for part in header.split(",") if part.startswith("t=")))
+    # The SDK would check the age only into the past.
+    try:
+        signed_at = int(next(part[2:] for part in header.split(",") if part.startswith("t=")))
+    except ValueError:  # the SDK reads `t=1=x` as 1
+        _refuse("webhook-signature-invalid", "The Stripe-Signature header is malformed.")
     age = int(now.timestamp()) - signed_at
     if age > tolerance:
         _refuse("webhook-too-old", "It was signed too long ago; Stripe signs every retry afresh.")
@@ -143,20 +149,17 @@ def _verify(body: str, header: str | None, endpoint: Endpoint, tolerance: int, n
 
 def _parse(body: str) -> dict[str, Any]:
     try:
-        event = json.loads(body, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        _refuse("webhook-body-invalid", "The body is not JSON.")
+        event = json.loads(body, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        reason, field = explain(body.encode(), error)
+        _refuse("webhook-body-invalid", f"The body is not valid JSON: {reason}.", field)
     if not isinstance(event, dict):
         _refuse("webhook-body-invalid", "The body is not a JSON object.")
     return event
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _refuse(reason: str, detail: str) -> NoReturn:
-    raise Untrusted(detail, type=reason) from None
+def _refuse(reason: str, detail: str, field: str | None = None) -> NoReturn:
+    raise Untrusted(detail, type=reason, field=field) from None
 
 
 def _object(value: object) -> Mapping[str, Any]:
