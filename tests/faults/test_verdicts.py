@@ -6,7 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from tests.faults.checks import Findings
+from tests.faults.clients import Book
 from tests.faults.load import Comparison, Load
+from tests.faults.machine import Machine
+from tests.faults.run import Result
+from tests.faults.schedule import Fault, Injector, MetNothing
 from tests.faults.soak import judge, slope_per_hour
 
 
@@ -71,3 +76,60 @@ def test_a_soak_is_not_good_when(due: int, accepted: int, samples: int, slope: f
 
 def test_a_slope_is_that_of_the_line_in_an_hour() -> None:
     assert slope_per_hour([(0, 1.0), (1, 2.0), (2, 3.0)]) == pytest.approx(3600)
+
+
+class NoMachine(Machine):
+    def __init__(self) -> None:
+        """Nothing runs."""
+
+
+def make_result(faults: int = 20, accepted: int = 1, acknowledged: int = 1) -> Result:
+    injector = Injector(NoMachine(), Book(), injected=Counter(kill=faults), met_nothing=Counter(kill=50))
+    findings = Findings(accepted=accepted, webhooks_sent=1, webhooks_acknowledged=acknowledged)
+    return Result(1, 90.0, 60.0, injector, Book(), findings, 20.0)
+
+
+def test_a_run_of_a_minute_is_good_with_twenty_faults_that_met_something() -> None:
+    assert make_result().verdict == "good"
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        make_result(faults=19),
+        make_result(accepted=0),
+        make_result(acknowledged=0),
+        replace(make_result(faults=0), fault_seconds=0.0),
+        replace(make_result(), fault_seconds=70.0),
+    ],
+)
+def test_a_run_that_proves_too_little_is_poor(result: Result) -> None:
+    assert result.verdict == "poor"
+    assert len(result.shortcomings) == 1
+
+
+def test_a_run_in_which_something_does_not_hold_is_broken() -> None:
+    wrong = [make_result() for _ in range(5)]
+    wrong[0].findings.lost.append(("product-1", "use-1"))
+    wrong[1].findings.doubled.append(("product-1", "use-1"))
+    wrong[2].findings.fail("I2", "a sum")
+    wrong[3].findings.webhooks_lost.append("evt_1")
+    wrong[4].injector.errors.append("kill api-1: MachineError")
+
+    assert [result.verdict for result in wrong] == ["broken"] * 5
+
+
+async def test_a_fault_counts_only_if_it_met_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def meet(machine: Machine, fault: Fault) -> None:
+        if fault.target == "nothing":
+            raise MetNothing
+        if fault.target == "trouble":
+            raise OSError("it could not be brought")
+
+    monkeypatch.setattr("tests.faults.schedule._ACTS", {"kill": meet})
+    injector = Injector(NoMachine(), Book())
+    for target in ("api-1", "nothing", "trouble"):
+        await injector.strike(Fault("kill", target, 0, 0))
+
+    assert (injector.injected, injector.met_nothing) == ({"kill": 1}, {"kill": 1})
+    assert injector.errors == ["kill trouble: OSError it could not be brought"]
