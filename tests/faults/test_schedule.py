@@ -1,4 +1,4 @@
-"""Faults that strike the connections of one process and leave those of the others alone."""
+"""Faults meet what they are meant for: one process and not the others, and something rather than nothing."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -12,7 +12,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from tallystick.dev.embedded import POSTGRES_DATABASE, POSTGRES_USER
+from tallystick.dev.embedded import POSTGRES_DATABASE, POSTGRES_USER, EmbeddedPostgres
 from tests.conftest import Servers
 from tests.faults.clients import Book
 from tests.faults.machine import Machine
@@ -135,3 +135,39 @@ async def open_connection(proxy: Proxy, client: str) -> tuple[asyncio.StreamRead
     writer.write(b"?")
     assert await reader.readexactly(1) == b"?"
     return reader, writer
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [
+        ("kill", "worker-1"),
+        ("restart", "worker-1"),
+        ("pause", "postgres"),
+        ("crash-backend", "postgres"),
+        ("cut", "valkey"),
+        ("stall", "valkey"),
+        ("refuse", "valkey"),
+        ("lose-answers", "valkey"),
+        ("full", "valkey"),
+        ("cut-stripe", "worker-1"),
+        ("end-postgres", "worker-1"),
+        ("end-valkey", "worker-1"),
+    ],
+)
+async def test_a_fault_that_nobody_is_there_to_notice_is_not_counted(
+    machine: Machine, kind: str, target: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def start(part: str) -> None:
+        """It stays ended."""
+
+    monkeypatch.setattr("tests.faults.schedule.MEET_SECONDS", 0)
+    machine.processes["worker-1"] = await asyncio.create_subprocess_exec("true")
+    await machine.processes["worker-1"].wait()
+    if target == "postgres":
+        machine.postgres = EmbeddedPostgres(tmp_path / "never started")
+    machine.start = start  # type: ignore[method-assign]
+    (tmp_path / "worker-1.log").touch()
+    injector = Injector(machine, Book())
+    await injector.strike(Fault(kind, target, 0, 0))
+
+    assert (injector.injected, injector.met_nothing, injector.errors) == ({}, {kind: 1}, [])
