@@ -1,6 +1,6 @@
 """`GET /v1/events/{id}`: what became of an event."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
@@ -113,9 +113,13 @@ async def test_a_failing_event_is_counted_until_it_is_set_aside(
 
     report = await ask(client, sent)
     assert (report["verdict"], report["changes"]) == ("failing", [])
-    assert report["why"] == "Handling it has failed 2 times (ZeroDivisionError); Stripe sends it again."
+    assert report["why"] == "Handling it has failed once (ZeroDivisionError); Stripe sends it again."
 
-    assert [(await post(client, sent)).status_code for _ in range(3)] == [500, 500, 200]
+    monkeypatch.setattr(inbox, "FAILURES_APART", timedelta(0))
+    assert [(await post(client, sent)).status_code for _ in range(3)] == [500, 500, 500]
+    why = (await ask(client, sent))["why"]
+    assert why == "Handling it has failed 4 times, an hour apart (ZeroDivisionError); Stripe sends it again."
+    assert (await post(client, sent)).status_code == 200
     assert (await ask(client, sent))["verdict"] == "quarantined"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import sqlite3
@@ -18,10 +19,15 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
+from tallystick.dev.fake_stripe.app import create_fake_stripe
 from tallystick.dev.fake_stripe.parameters import check, parse_form, shape_of
 from tallystick.dev.fake_stripe.periods import boundary, next_boundary
-from tests.fake_stripe.conftest import START, Receiver
+from tests.fake_stripe.conftest import START, Fake, Receiver, serving
 
 FIRST_END = int(datetime(2026, 2, 28, 9, 15, 7, tzinfo=UTC).timestamp())
 
@@ -81,6 +87,39 @@ def test_server_saves_before_it_stops(run_fake: Callable[..., Any], tmp_path: Pa
         server.send_signal(stop)
     with run_fake(path) as fake:
         assert fake.client.v1.customers.retrieve(customer).name == "A"
+
+
+def test_with_save_at_once_nobody_is_told_what_a_kill_would_lose(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tallystick.dev.fake_stripe.app.SAVE_SECONDS", 3600)
+    path = tmp_path / "state.db"
+
+    def is_saved(object_id: str) -> bool:
+        with closing(sqlite3.connect(path)) as reader:
+            return bool(reader.execute("SELECT 1 FROM objects WHERE id = ?", (object_id,)).fetchone())
+
+    class Doubter(Receiver):
+        async def receive(self, request: Request) -> Response:
+            told.append(is_saved(json.loads(await request.body())["id"]))
+            return await super().receive(request)
+
+    told: list[bool] = []
+    receiver = Doubter()
+    app = create_fake_stripe(path, webhook_retry_seconds=(0.05,), save_at_once=True)
+    hook = Starlette(routes=[Route("/hook", receiver.receive, methods=["POST"])])
+    with serving(hook) as there, serving(app) as url, closing(Fake(url)) as fake:
+        receiver.url = f"{there}/hook"
+        fake.post("reset", {"to": START, "frozen": True})
+        customer = fake.customer()
+        assert is_saved(customer)
+        fake.subscribe(customer, fake.price(fake.meter(), "10"))
+        fake.listen(receiver, "invoice.created")
+        # The clock waits for this webhook to be answered, so it goes out before any answer does.
+        fake.move(FIRST_END + 7200)
+        receiver.wait_for("invoice.created")
+
+    assert told == [True]
 
 
 def _wait_until_saved(path: Path, object_id: str) -> None:

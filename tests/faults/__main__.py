@@ -80,6 +80,7 @@ def show(report: dict[str, Any]) -> None:
     for kind, number in report["faults_by_kind"].items():
         table.add_row(kind, str(number))
     table.add_row("together", str(report["faults"]))
+    table.add_row("not counted, for they met nothing", str(sum(report["met_nothing"].values())))
     out.print(table)
     events, webhooks = report["events"], report["webhooks"]
     out.print(f"\nevents    {events['accepted']} accepted, {events['lost']} lost, {events['doubled']} doubled")
@@ -90,6 +91,8 @@ def show(report: dict[str, Any]) -> None:
     out.print(f"seconds until nothing waited any more: {report['seconds_until_settled']}")
     for line in (*report["broken"], *report["webhooks_lost"], *report["errors"]):
         out.print(f"[bold red]broken[/]  {line}")
+    for line in report["shortcomings"]:
+        out.print(f"[bold red]too little[/]  {line}")
     out.print(f"verdict: {report['verdict']} (seed {report['seed']})")
 
 

@@ -35,6 +35,8 @@ WAITING = text("""
     UNION ALL SELECT 'notifications', count(*) FROM notifications WHERE fanned_out_at IS NULL
     UNION ALL SELECT 'notification deliveries', count(*) FROM notification_deliveries
                WHERE state IN ('queued', 'pending', 'sending')
+    UNION ALL SELECT 'final invoices to be looked at', count(*) FROM invoices
+               WHERE finalized_at IS NOT NULL AND usage_checked_at IS NULL
     UNION ALL SELECT 'failed webhooks', count(*) FROM stripe_event_failures
 """)
 REFRESHED = ("customers", "products", "prices", "subscriptions", "invoices")

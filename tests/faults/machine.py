@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from signal import SIGCONT, SIGKILL, SIGTERM, Signals
+from typing import Any
 
 import asyncpg
 import httpx
@@ -59,6 +60,8 @@ class Machine:
     proxies: dict[str, Proxy]
     broken: str | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
+    webhook_options: dict[str, str] = field(default_factory=dict)
+    """How the fake Stripe's webhooks misbehave, which it forgets when it ends."""
     processes: dict[str, asyncio.subprocess.Process] = field(default_factory=dict)
     ended_by_themselves: list[str] = field(default_factory=list)
     _expected_to_end: set[int] = field(default_factory=set)
@@ -66,7 +69,7 @@ class Machine:
     @property
     def api_url(self) -> str:
         """The door of both API processes."""
-        return f"http://{HOST}:{self.proxies['api'].port}"
+        return f"http://{HOST}:{self.proxies['api'].ports['clients']}"
 
     @property
     def stripe_url(self) -> str:
@@ -81,7 +84,7 @@ class Machine:
         """The process of a part; None when it is not running."""
         server = self.server(part)
         if server is not None:
-            return server.pid
+            return server.pid if server.is_running() else None
         process = self.processes[part]
         return process.pid if process.returncode is None else None
 
@@ -125,8 +128,15 @@ class Machine:
         self.processes[part] = process
         if part == "stripe":
             await self._wait_for(part, f"{self.stripe_url}/_fake/clock")
+            await self.set_webhook_options(**self.webhook_options)
         elif part.startswith("api"):
             await self._wait_for(part, f"http://{HOST}:{self.ports[part]}/healthz")
+
+    async def set_webhook_options(self, **options: str) -> None:
+        """Have the fake Stripe's webhooks misbehave from now on."""
+        self.webhook_options |= options
+        async with httpx.AsyncClient(base_url=self.stripe_url, timeout=10) as control:
+            (await control.post("/_fake/webhooks", json=self.webhook_options)).raise_for_status()
 
     async def kill(self, part: str) -> None:
         """SIGKILL, as a crash would end it."""
@@ -144,19 +154,20 @@ class Machine:
             return
         await self._end(part, SIGTERM)
 
-    def send_signal(self, part: str, number: Signals) -> None:
-        """Send a signal to a part and to its children, if it runs."""
-        pid = self.pid(part)
+    def send_signal(self, part: str, number: Signals) -> int:
+        """Send a signal to a part and to its children, if it runs; how many processes got it."""
+        pid, got = self.pid(part), 0
         for one in [*children_of(pid), pid] if pid is not None else []:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(one, number)
+                got += 1
+        return got
 
-    async def execute(self, *statements: str) -> None:
-        """Run statements at PostgreSQL, each by itself, past the proxy."""
+    async def execute(self, *statements: str) -> Any:
+        """Run statements at PostgreSQL, each by itself, past the proxy; the value that the last one gives."""
         connection = await asyncpg.connect(self.postgres.url, timeout=5)
         try:
-            for statement in statements:
-                await connection.execute(statement, timeout=10)
+            return [await connection.fetchval(statement, timeout=10) for statement in statements][-1]
         finally:
             await connection.close(timeout=5)
 
@@ -215,12 +226,13 @@ class Machine:
         return [*broken, "serve" if part.startswith("api") else "worker"]
 
     def _environment(self, part: str) -> dict[str, str]:
+        doors = {name: proxy.ports.get(part) for name, proxy in self.proxies.items()}
         own = {name: value for name, value in os.environ.items() if not name.startswith(("TALLYSTICK_", "STRIPE_"))}
         own |= {
-            "DATABASE_URL": self.postgres.url.replace(f":{self.postgres.port}/", f":{self.proxies['postgres'].port}/"),
-            "REDIS_URL": self.valkey.url.replace(f":{self.valkey.port}/", f":{self.proxies['valkey'].port}/"),
+            "DATABASE_URL": self.postgres.url.replace(f":{self.postgres.port}/", f":{doors['postgres']}/"),
+            "REDIS_URL": self.valkey.url.replace(f":{self.valkey.port}/", f":{doors['valkey']}/"),
             "STRIPE_API_KEY": "sk_test_fake",
-            "STRIPE_API_BASE": f"http://{HOST}:{self.proxies['stripe'].port}",
+            "STRIPE_API_BASE": f"http://{HOST}:{doors['stripe']}",
             "STRIPE_WEBHOOK_SECRET": WEBHOOK_SECRET,
             "TALLYSTICK_HOST": HOST,
             "TALLYSTICK_PORTAL_RETURN_ORIGINS": "http://localhost:3000",
@@ -282,11 +294,11 @@ async def open_machine(
         await asyncio.gather(asyncio.to_thread(postgres.start), asyncio.to_thread(valkey.start))
         ports = {name: find_free_port() for name in names if "api" in name} | {"stripe": find_free_port()}
         proxies = {
-            "postgres": await parts.enter_async_context(open_proxy(postgres.port)),
-            "valkey": await parts.enter_async_context(open_proxy(valkey.port)),
-            "stripe": await parts.enter_async_context(open_proxy(ports["stripe"])),
-            "api": await parts.enter_async_context(open_proxy(*(ports[name] for name in names if "api" in name))),
+            name: await parts.enter_async_context(open_proxy(port, clients=names))
+            for name, port in (("postgres", postgres.port), ("valkey", valkey.port), ("stripe", ports["stripe"]))
         }
+        apis_of_all = [ports[name] for name in names if "api" in name]
+        proxies["api"] = await parts.enter_async_context(open_proxy(*apis_of_all, clients=["clients"]))
         machine = Machine(folder, postgres, valkey, ports, proxies, broken, own_settings)
         parts.push_async_callback(machine.stop_all)
 

@@ -25,7 +25,7 @@ def serve_fake_stripe(port: int, state: Path) -> None:
     from tallystick.dev.fake_stripe.app import create_fake_stripe
 
     uvicorn.run(
-        create_fake_stripe(state, webhook_retry_seconds=WEBHOOK_RETRY_SECONDS),
+        create_fake_stripe(state, webhook_retry_seconds=WEBHOOK_RETRY_SECONDS, save_at_once=True),
         host="127.0.0.1",
         port=port,
         log_level="warning",

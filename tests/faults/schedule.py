@@ -5,14 +5,15 @@ a cut or paused one is let go. The product has to find its own way from there.
 """
 
 import asyncio
-import contextlib
 import os
 import random
 import signal
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import TypeVar
 
 import asyncpg
 import httpx
@@ -21,21 +22,38 @@ from redis.exceptions import RedisError
 
 from tests.faults.clients import Book
 from tests.faults.machine import Machine, children_of
+from tests.faults.proxy import HOST
 
-PROCESSES = ("api-1", "api-2", "worker-1", "worker-2")
+Answer = TypeVar("Answer")
+
+WORKERS = ("worker-1", "worker-2")
+PROCESSES = ("api-1", "api-2", *WORKERS)
 SERVERS = ("postgres", "valkey")
 DOORS = ("postgres", "valkey", "stripe", "api")
+
+END_SESSION = "count(*) FILTER (WHERE pg_terminate_backend(pid, 1000)) > 0"
 
 # Longer than the drain leaves a batch to a worker that has stopped moving (drain.py), so that it wakes up robbed.
 LONG_SLEEP = (17.0, 20.0)
 
-# kind: (weight, what it strikes, how long it lasts in seconds). The fake Stripe is never killed: it writes its state
-# down every 0.2 s, which a kill would lose, and Stripe loses nothing.
+# A fault that has met nothing yet goes on for so long at most: a connection may be idle, or a part away for another
+# reason, PostgreSQL above all, which on a slow disk recovers for a while. Faults that never meet anything do not count.
+MEET_SECONDS = 30.0
+# How long a part may be away when a fault is to be brought or taken back.
+INSIST_SECONDS = 60.0
+
+# kind: (weight, what it strikes, how long it lasts in seconds). `cut-…` and `end-…` strike the connections of one
+# process only; an API process has none to Stripe most of the time.
 KINDS: dict[str, tuple[int, tuple[str, ...], tuple[float, float]]] = {
-    "kill": (8, PROCESSES + SERVERS, (0.0, 0.6)),
+    "kill": (8, (*PROCESSES, *SERVERS, "stripe"), (0.0, 0.6)),
     "restart": (4, (*PROCESSES, *SERVERS, "stripe"), (0.0, 0.3)),
     "pause": (4, (*PROCESSES, *SERVERS, "stripe"), (0.2, 4.0)),
     "cut": (5, DOORS, (0.0, 0.0)),
+    "cut-postgres": (2, PROCESSES, (0.0, 0.0)),
+    "cut-valkey": (2, PROCESSES, (0.0, 0.0)),
+    "cut-stripe": (2, WORKERS, (0.0, 0.0)),
+    "end-postgres": (2, PROCESSES, (0.0, 0.0)),
+    "end-valkey": (2, PROCESSES, (0.0, 0.0)),
     "stall": (4, DOORS, (0.3, 4.0)),
     "refuse": (3, DOORS, (0.2, 2.0)),
     "lose-answers": (5, DOORS, (0.2, 1.5)),
@@ -48,10 +66,10 @@ KINDS: dict[str, tuple[int, tuple[str, ...], tuple[float, float]]] = {
     "stripe-timeout_after": (3, ("stripe",), (0.5, 2.5)),
     "stripe-drop_before": (2, ("stripe",), (0.5, 2.5)),
     "stripe-slow": (2, ("stripe",), (0.5, 2.5)),
-    "long-sleep": (1, ("worker-1", "worker-2"), LONG_SLEEP),
+    "long-sleep": (1, WORKERS, LONG_SLEEP),
 }
 # The short run of the suite: every kind but the long sleep once, and a kill of each sort of part; none lasts long.
-SHORT_KILLS = ("api-1", "worker-1", "valkey", "postgres")
+SHORT_KILLS = ("api-1", "worker-1", "valkey", "postgres", "stripe")
 SHORT_HOLD_SECONDS = 0.6
 SHORT_GAP_SECONDS = 0.3
 # Rest between the faults of one lane, on average.
@@ -66,6 +84,12 @@ class Fault:
     target: str
     hold_seconds: float
     gap_seconds: float
+
+    @property
+    def parts(self) -> set[str]:
+        """What no other fault may strike meanwhile: its target, and for `cut-…` and `end-…` also the other side."""
+        _, hyphen, other = self.kind.partition("-")
+        return {self.target} | ({other} if hyphen and other in DOORS else set())
 
 
 def draw(seed: int) -> Iterator[Fault]:
@@ -91,11 +115,15 @@ def draw_short(seed: int) -> Iterator[Fault]:
 
 @dataclass
 class Injector:
-    """Begins faults and takes them back; two never strike one part at once."""
+    """Begins faults and takes them back; two never strike one part at once.
+
+    `injected` counts the faults that really met something, `met_nothing` the others.
+    """
 
     machine: Machine
     book: Book
     injected: Counter[str] = field(default_factory=Counter)
+    met_nothing: Counter[str] = field(default_factory=Counter)
     diary: list[str] = field(default_factory=list)
     until_accepted: list[float] = field(default_factory=list)
     until_well: list[float] = field(default_factory=list)
@@ -109,7 +137,9 @@ class Injector:
         for fault in faults:
             if monotonic() >= until:
                 return
-            async with self._busy.setdefault(fault.target, asyncio.Lock()):
+            async with AsyncExitStack() as parts:
+                for part in sorted(fault.parts):  # in one order, so that no two lanes wait for each other
+                    await parts.enter_async_context(self._busy.setdefault(part, asyncio.Lock()))
                 taken_back = await self.strike(fault)
             watch = asyncio.create_task(self._watch(taken_back))
             self._watches.add(watch)
@@ -118,13 +148,17 @@ class Injector:
 
     async def strike(self, fault: Fault) -> float:
         """Begin, hold, take back; the monotonic time at which it was taken back: of a kill, before the new start."""
-        self.injected[fault.kind] += 1
         self.diary.append(f"{monotonic() - self._began:7.1f} {fault.kind} {fault.target} {fault.hold_seconds:.2f} s")
         try:
-            return await _ACTS.get(fault.kind, _misbehave)(self.machine, fault) or monotonic()
+            taken_back = await _ACTS.get(fault.kind, _misbehave)(self.machine, fault)
+        except MetNothing:
+            self.met_nothing[fault.kind] += 1
         except Exception as error:  # noqa: BLE001  a fault that fails is part of the report, and the run goes on
             self.errors.append(f"{fault.kind} {fault.target}: {type(error).__name__} {error}")
-            return monotonic()
+        else:
+            self.injected[fault.kind] += 1
+            return taken_back or monotonic()
+        return monotonic()
 
     async def watched(self) -> None:
         """Wait until it is known of every fault how long it took to be well again."""
@@ -148,72 +182,140 @@ class Injector:
         self.until_well.append(healthy)
 
 
+class MetNothing(Exception):
+    """A fault was brought and taken back, and nothing was there that it could have struck."""
+
+
+async def hold(seconds: float, has_met: Callable[[], bool | Awaitable[bool]]) -> None:
+    """Wait so long, and on until the fault has met something. Raises `MetNothing` if it never does."""
+    await asyncio.sleep(seconds)
+    deadline = monotonic() + MEET_SECONDS
+    while True:
+        met = has_met()
+        if met if isinstance(met, bool) else await met:
+            return
+        if monotonic() > deadline:
+            raise MetNothing
+        await asyncio.sleep(0.02)
+
+
 async def _kill(machine: Machine, fault: Fault) -> float:
-    await machine.kill(fault.target)
-    await asyncio.sleep(fault.hold_seconds)
-    taken_back = monotonic()
-    await machine.start(fault.target)
-    return taken_back
+    return await _bring_down(machine, fault, machine.kill)
 
 
 async def _restart(machine: Machine, fault: Fault) -> float:
-    await machine.stop(fault.target)
+    return await _bring_down(machine, fault, machine.stop)
+
+
+async def _bring_down(machine: Machine, fault: Fault, end: Callable[[str], Awaitable[None]]) -> float:
+    ran = machine.pid(fault.target) is not None
+    await end(fault.target)
     await asyncio.sleep(fault.hold_seconds)
     taken_back = monotonic()
     await machine.start(fault.target)
+    if not ran:
+        raise MetNothing
     return taken_back
 
 
 async def _pause(machine: Machine, fault: Fault) -> None:
-    machine.send_signal(fault.target, signal.SIGSTOP)
+    paused = machine.send_signal(fault.target, signal.SIGSTOP)
     try:
         await asyncio.sleep(fault.hold_seconds)
     finally:
         machine.send_signal(fault.target, signal.SIGCONT)
+    if not paused:
+        raise MetNothing
 
 
 async def _cut(machine: Machine, fault: Fault) -> None:
-    machine.proxies[fault.target].cut()
+    await hold(fault.hold_seconds, lambda: machine.proxies[fault.target].cut() > 0)
+
+
+async def _cut_one(machine: Machine, fault: Fault) -> None:
+    """Only what this process has open to that part: the others go on."""
+    await hold(fault.hold_seconds, lambda: machine.proxies[fault.kind.removeprefix("cut-")].cut(fault.target) > 0)
 
 
 async def _stall(machine: Machine, fault: Fault) -> None:
-    machine.proxies[fault.target].stall()
+    proxy = machine.proxies[fault.target]
+    before = proxy.held
+    proxy.stall()
     try:
-        await asyncio.sleep(fault.hold_seconds)
+        await hold(fault.hold_seconds, lambda: proxy.held > before)
     finally:
-        machine.proxies[fault.target].flow()
+        proxy.flow()
 
 
 async def _refuse(machine: Machine, fault: Fault) -> None:
-    machine.proxies[fault.target].refuse()
+    proxy = machine.proxies[fault.target]
+    await hold(0, lambda: bool(proxy.passages()))
+    proxy.refuse()
     try:
         await asyncio.sleep(fault.hold_seconds)
     finally:
-        await machine.proxies[fault.target].accept()
+        await proxy.accept()
 
 
 async def _lose_answers(machine: Machine, fault: Fault) -> None:
-    machine.proxies[fault.target].answers_lost = True
+    proxy = machine.proxies[fault.target]
+    before = proxy.lost
+    proxy.loses_answers = True
     try:
-        await asyncio.sleep(fault.hold_seconds)
+        await hold(fault.hold_seconds, lambda: proxy.lost > before)
     finally:
-        machine.proxies[fault.target].answers_lost = False
+        proxy.loses_answers = False
 
 
-async def _crash_backend(machine: Machine, fault: Fault) -> None:
+async def _end_at_postgres(machine: Machine, fault: Fault) -> None:
+    """PostgreSQL ends this process's sessions itself, and says so; by its port it knows whose a session is."""
+
+    async def has_ended_some() -> bool:
+        ports = [passage.far_port for passage in machine.proxies["postgres"].passages(fault.target)]
+        statement = f"SELECT {END_SESSION} FROM pg_stat_activity WHERE client_port = ANY (ARRAY{ports}::int[])"  # noqa: S608  numbers
+        return bool(await insist(lambda: machine.execute(statement)))
+
+    await hold(fault.hold_seconds, has_ended_some)
+
+
+async def _end_at_valkey(machine: Machine, fault: Fault) -> None:
+    """The same at Valkey, with CLIENT KILL."""
+    async with Redis.from_url(machine.valkey.url, socket_timeout=5) as redis:
+
+        async def has_ended_some() -> bool:
+            passages = machine.proxies["valkey"].passages(fault.target)
+            ended = [await redis.client_kill_filter(addr=f"{HOST}:{passage.far_port}") for passage in passages]
+            return any(ended)
+
+        await hold(fault.hold_seconds, lambda: insist(has_ended_some))
+
+
+async def _crash_backend(machine: Machine, fault: Fault) -> float:
     """PostgreSQL ends all its sessions and recovers when one of its children is killed."""
-    children = children_of(machine.postgres.pid)
-    if children:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(children[-1], signal.SIGKILL)
+
+    def has_killed_one() -> bool:
+        try:
+            os.kill(children_of(machine.postgres.pid)[-1], signal.SIGKILL)
+        except (IndexError, ProcessLookupError):
+            return False
+        return True
+
+    await hold(fault.hold_seconds, has_killed_one)
+    killed = monotonic()
+    await insist(lambda: machine.execute("SELECT 1"))
+    return killed
 
 
 async def _read_only(machine: Machine, fault: Fault) -> None:
     await insist(
         lambda: machine.execute("ALTER SYSTEM SET default_transaction_read_only = on", "SELECT pg_reload_conf()")
     )
+
+    async def is_read_only() -> bool:
+        return str(await insist(lambda: machine.execute("SHOW default_transaction_read_only"))) == "on"
+
     try:
-        await asyncio.sleep(fault.hold_seconds)
+        await hold(fault.hold_seconds, is_read_only)
     finally:
         await insist(
             lambda: machine.execute("ALTER SYSTEM RESET default_transaction_read_only", "SELECT pg_reload_conf()")
@@ -222,15 +324,21 @@ async def _read_only(machine: Machine, fault: Fault) -> None:
 
 async def _fill(machine: Machine, fault: Fault) -> None:
     """With a limit below what it holds, Valkey refuses every write, as when its memory is full."""
-    redis = Redis.from_url(machine.valkey.url, socket_timeout=5)
-    try:
+    async with Redis.from_url(machine.valkey.url, socket_timeout=5) as redis:
+
+        async def refused() -> int:
+            errors = await insist(lambda: redis.info("errorstats"))
+            return int(errors.get("errorstat_OOM", {}).get("count", 0))
+
+        async def has_refused_some() -> bool:
+            return await refused() > before
+
+        before = await refused()
         await insist(lambda: redis.config_set("maxmemory", "1"))
         try:
-            await asyncio.sleep(fault.hold_seconds)
+            await hold(fault.hold_seconds, has_refused_some)
         finally:
             await insist(lambda: redis.config_set("maxmemory", "0"))
-    finally:
-        await redis.aclose()
 
 
 async def _misbehave(machine: Machine, fault: Fault) -> None:
@@ -238,26 +346,30 @@ async def _misbehave(machine: Machine, fault: Fault) -> None:
     kind = fault.kind.removeprefix("stripe-")
     rules = [{"kind": kind, "method": "POST", "path": "/v1/billing/meter_events"}, {"kind": kind, "method": "GET"}]
     async with httpx.AsyncClient(base_url=machine.stripe_url, timeout=10) as control:
+
+        async def has_struck() -> bool:
+            there = (await control.get("/_fake/faults")).json()["faults"]
+            return sum(int(rule["struck"]) for rule in there) > 0
+
         for rule in rules:
             # Above the client's own limit of 2 s: a time-out; `slow` stays below it.
             seconds = "1" if kind == "slow" else "3"
             body = rule | {"probability": "0.7", "seconds": seconds, "path": rule.get("path", "/v1/*")}
             (await control.post("/_fake/faults", json=body)).raise_for_status()
         try:
-            await asyncio.sleep(fault.hold_seconds)
+            await hold(fault.hold_seconds, has_struck)
         finally:
             await insist(lambda: control.delete("/_fake/faults"))
 
 
-async def insist(act: Callable[[], Awaitable[object]]) -> None:
+async def insist(act: Callable[[], Awaitable[Answer]]) -> Answer:
     """Do something to a part that may just be away, or on its way up, for another reason."""
-    for _ in range(200):
+    deadline = monotonic() + INSIST_SECONDS
+    while monotonic() < deadline:
         try:
-            await act()
+            return await act()
         except (OSError, RedisError, asyncpg.PostgresError, asyncpg.InterfaceError, httpx.HTTPError, TimeoutError):
             await asyncio.sleep(0.1)
-        else:
-            return
     raise TimeoutError("a fault could not be brought or taken back")
 
 
@@ -267,6 +379,11 @@ _ACTS: dict[str, Callable[[Machine, Fault], Awaitable[float | None]]] = {
     "pause": _pause,
     "long-sleep": _pause,
     "cut": _cut,
+    "cut-postgres": _cut_one,
+    "cut-valkey": _cut_one,
+    "cut-stripe": _cut_one,
+    "end-postgres": _end_at_postgres,
+    "end-valkey": _end_at_valkey,
     "stall": _stall,
     "refuse": _refuse,
     "lose-answers": _lose_answers,

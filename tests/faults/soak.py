@@ -1,7 +1,7 @@
 """A steady load for minutes: memory, connections and lag must stay flat."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import linear_regression
 from time import monotonic
@@ -22,6 +22,11 @@ SAMPLE_SECONDS = 2.0
 WARMING = 0.4
 # What may be added in an hour, by the slope of a line through the samples. Less cannot be told from noise in minutes.
 ALLOWED_PER_HOUR = {"memory_mb": 60.0, "open_files": 60.0, "waiting_batches": 100.0, "lag_seconds": 60.0}
+
+# The share of what was to be asked that may be refused, break, or not come to be asked: a soak is no overload.
+ALLOWED_REFUSED = 0.01
+# A line through fewer samples says nothing.
+ENOUGH_SAMPLES = 10
 
 OLDEST = text("""
     SELECT coalesce(extract(epoch FROM now() - min(created_at)), 0)
@@ -53,17 +58,35 @@ async def soak(folder: Path, seconds: float, report: Callable[[str, float], None
                 samples.setdefault(name, []).append((at, value))
             report(f"{sum(values[-1][1] for name, values in samples.items() if 'memory' in name):.0f} MB", at / seconds)
         answers = [await load for load in loads]
-    slopes = {name: _slope_per_hour(values, seconds) for name, values in samples.items()}
-    growing = [name for name, slope in slopes.items() if slope > ALLOWED_PER_HOUR[name.split(" ")[0]]]
+    requests = sum(len(load.accepted) for load in answers)
+    due = round(seconds * REQUESTS_PER_SECOND * len(answers))
+    warm = {name: [(at, value) for at, value in values if at >= seconds * WARMING] for name, values in samples.items()}
+    slopes = {name: slope_per_hour(values) for name, values in warm.items()}
+    shortcomings = judge(due, requests, min(len(values) for values in warm.values()), slopes)
     return {
         "seconds": round(seconds),
-        "requests": sum(len(load.accepted) for load in answers),
+        "due": due,
+        "requests": requests,
         "refused": sum(len(load.refused) + load.broken for load in answers),
         "first_and_last": {name: [round(values[0][1], 1), round(values[-1][1], 1)] for name, values in samples.items()},
         "slope_per_hour": {name: round(slope, 1) for name, slope in slopes.items()},
-        "growing": growing,
-        "verdict": "broken" if growing else "good",
+        "shortcomings": shortcomings,
+        "verdict": "broken" if shortcomings else "good",
     }
+
+
+def judge(due: int, accepted: int, samples: int, slopes: Mapping[str, float]) -> list[str]:
+    """What keeps a soak from being good: too few requests accepted of those due, too few samples, what grows."""
+    found = [
+        f"{name} grows by {slope:.1f} an hour"
+        for name, slope in slopes.items()
+        if slope > ALLOWED_PER_HOUR[name.split(" ")[0]]
+    ]
+    if accepted < due * (1 - ALLOWED_REFUSED) or not accepted:
+        found.append(f"{accepted} of {due} requests were accepted")
+    if samples < ENOUGH_SAMPLES:
+        found.append(f"{samples} samples are too few for a slope")
+    return found
 
 
 async def _sample(machine: Machine, resources: Resources) -> dict[str, float]:
@@ -79,8 +102,6 @@ async def _sample(machine: Machine, resources: Resources) -> dict[str, float]:
     return taken
 
 
-def _slope_per_hour(values: list[tuple[float, float]], seconds: float) -> float:
-    warm = [(at, value) for at, value in values if at >= seconds * WARMING]
-    if len(warm) < 2:
-        return 0.0
-    return linear_regression([at for at, _ in warm], [value for _, value in warm]).slope * 3600
+def slope_per_hour(values: Sequence[tuple[float, float]]) -> float:
+    """The slope of the line through (seconds, value); 0 where there is none."""
+    return linear_regression(*zip(*values, strict=True)).slope * 3600 if len(values) > 1 else 0.0

@@ -44,12 +44,17 @@ async def record(resources: Resources, *events: UsageEvent) -> None:
         await record_events(connection, events, accepted_already=True)
 
 
+def keeping(resources: Resources, days: int) -> Resources:
+    settings = resources.settings.model_copy(update={"usage_retention_days": days})
+    return dataclasses.replace(resources, settings=settings)
+
+
 @pytest.fixture
 async def forgetful(resources: Resources, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Resources]:
     """Resources whose ledger keeps all but its two oldest days; the days are made again afterwards."""
     monkeypatch.setattr(partitions, "DROP_PAUSE", timedelta(0))
-    kept = resources.settings.model_copy(update={"usage_retention_days": OLDEST.days - 2})
-    yield dataclasses.replace(resources, settings=kept)
+    await keep_partitions(keeping(resources, OLDEST.days), datetime.now(UTC))  # other tests may have made older ones
+    yield keeping(resources, OLDEST.days - 2)
     async with db.transaction(resources.engine) as connection:
         await make_partitions(connection, datetime.now(UTC))
 

@@ -99,6 +99,7 @@ def _explain(row: Row[Any]) -> str | None:
         case "quarantined":
             return f"It could not be handled: {row.error}."
         case "failing":
-            return f"Handling it has failed {row.failures} times ({row.error}); Stripe sends it again."
+            times = "once" if row.failures == 1 else f"{row.failures} times, an hour apart"
+            return f"Handling it has failed {times} ({row.error}); Stripe sends it again."
         case _:
             return None

@@ -36,8 +36,11 @@ class Call:
 class Account:
     """The state, the clock and everything that acts on them. Used from one event loop only; not thread-safe."""
 
-    def __init__(self, state_path: Path | None, seed: int, webhook_retry_seconds: tuple[float, ...]) -> None:
+    def __init__(
+        self, state_path: Path | None, seed: int, webhook_retry_seconds: tuple[float, ...], *, save_at_once: bool
+    ) -> None:
         self.seed = seed
+        self._save_at_once = save_at_once
         self.state = State(state_path)
         self.agenda = Agenda()
         self.deliveries = Deliveries(self, webhook_retry_seconds)
@@ -85,6 +88,12 @@ class Account:
                 "clock": self.clock.dump(),
             }
         )
+
+    def keep_before_telling(self) -> None:
+        """To be called before anything leaves: with `save_at_once` it then survives a kill."""
+        if self._save_at_once:
+            self.note()
+            self.state.save()
 
     def now(self) -> int:
         """The account's time, in seconds since the Unix epoch."""

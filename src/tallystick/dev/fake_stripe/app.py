@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from tallystick.dev.fake_stripe.account import Account
 from tallystick.dev.fake_stripe.api import Api
@@ -33,25 +33,37 @@ SAVE_SECONDS = 0.2
 
 
 class FakeStripe(Starlette):
-    """A Starlette application that also knows the connection below each request, to be able to drop it."""
+    """A Starlette application that can drop the connection below a request, and keeps what it is about to tell."""
+
+    account: Account
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def keep_and_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.account.keep_before_telling()
+            await send(message)
+
         if scope["type"] == "http":
             remember_connection(scope, send)
-        await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, keep_and_send)
+        else:
+            await super().__call__(scope, receive, send)
 
 
 def create_fake_stripe(
     state_path: Path | None = None,
     seed: int = 0,
     webhook_retry_seconds: tuple[float, ...] = WEBHOOK_RETRY_SECONDS,
+    *,
+    save_at_once: bool = False,
 ) -> Starlette:
     """The application: Stripe's API at `/v1` and `/v2`, its pages, and the control API at `/_fake/`.
 
     With `state_path` everything survives a restart in that SQLite file: written 0.2 s after a change, and on a clean
-    stop. `seed` decides all ids and all chance. `webhook_retry_seconds` are the pauses between tries of a webhook.
+    stop. With `save_at_once` it is written before each answer and each webhook: then a kill loses nothing that anybody
+    was told. `seed` decides all ids and all chance. `webhook_retry_seconds` are the pauses between tries of a webhook.
     """
-    account = Account(state_path, seed, webhook_retry_seconds)
+    account = Account(state_path, seed, webhook_retry_seconds, save_at_once=save_at_once)
     api = Api(account)
     clockwork = ClockWork(account)
 
@@ -74,7 +86,7 @@ def create_fake_stripe(
         return JSONResponse(unknown_url(request.method, request.url.path).body, 404)
 
     methods = ["GET", "POST", "DELETE"]
-    return FakeStripe(
+    app = FakeStripe(
         routes=[
             Route("/v1/{path:path}", api.answer, methods=methods),
             Route("/v2/{path:path}", api.answer, methods=methods),
@@ -84,6 +96,8 @@ def create_fake_stripe(
         lifespan=lifespan,
         exception_handlers={404: not_found, 405: not_found},
     )
+    app.account = account
+    return app
 
 
 async def _keep_saving(account: Account) -> None:

@@ -228,6 +228,7 @@ class Deliveries:
         # The receiver holds the signature's time against the real clock, and each attempt is signed afresh.
         header = signature(payload, endpoint["_secrets"], int(time.time()))
         delivery["attempts"] += 1
+        self._account.keep_before_telling()
         status: int | None = None
         problem: str | None = None
         try:
