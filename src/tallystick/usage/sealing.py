@@ -57,23 +57,28 @@ RECORDS_EVERY = timedelta(seconds=60)
 # for.
 DUE = """
       FROM usage_totals t
-      JOIN {references} r ON r.ref = t.customer_ref
+      JOIN {customers}
       JOIN unnest(CAST(:meters AS text[]), CAST(:formulas AS text[])) AS m(meter, formula)
         ON m.meter = t.meter
        AND m.formula = CASE WHEN t.aggregation IN ('max', 'unique_count') THEN 'last' ELSE t.aggregation END
      WHERE t.events <> t.sealed_events AND ({{due}})
 """
 IN_ORDER = "ORDER BY t.customer_ref, t.meter, t.bucket_start"
-FIND_DUE = f"SELECT t.id, t.customer_ref {DUE.format(references='customer_references')} {IN_ORDER} LIMIT :limit"
-# Another worker may have sealed some of them meanwhile, and a reference may have been linked to another customer. The
-# few references are looked up first: joined with all, PostgreSQL would read all customers for each transaction.
+FIND_DUE = f"""
+    SELECT t.id, t.customer_ref {DUE.format(customers="customer_references r ON r.ref = t.customer_ref")}
+    {IN_ORDER} LIMIT :limit
+"""
+# A reference may have been linked to another customer since, and another worker may have sealed some of the totals.
+# Who is who is looked up for these alone: joined with the totals, PostgreSQL reads all customers, or each reference for
+# each total, by what it thinks how many there are.
+FIND_CUSTOMERS = text("SELECT ref, customer FROM customer_references WHERE ref = ANY(:refs)")
+_FOUND = "unnest(CAST(:ids AS bigint[]), CAST(:customers AS text[])) AS r(id, customer) ON r.id = t.id"
 LOCK_DUE = f"""
-    WITH linked AS MATERIALIZED (SELECT ref, customer FROM customer_references WHERE ref = ANY(:refs))
     SELECT t.id, t.customer_ref, t.meter, t.bucket_start, t.bucket_end, t.aggregation, t.quantity,
            t.quantity - t.sealed AS unsealed, t.events - t.sealed_events AS unsealed_events, t.seal, r.customer
-    {DUE.format(references="linked")} AND t.id = ANY(:ids)
+    {DUE.format(customers=_FOUND)}
     {IN_ORDER} FOR UPDATE OF t {{locked}}
-"""  # noqa: S608  put together from constants
+"""
 
 DUE_BY_TIME = """
     (EXISTS (SELECT FROM subscriptions s WHERE s.customer = r.customer)
@@ -253,8 +258,12 @@ async def _seal_or_seal_apart(run: _Run, found: Sequence[Any], failures: list[DB
 
 
 async def _seal_found(run: _Run, found: Sequence[Any]) -> tuple[int, bool]:
-    these = {"ids": [row.id for row in found], "refs": sorted({row.customer_ref for row in found})}
     async with db.transaction(run.resources.engine) as connection:
+        refs = sorted({row.customer_ref for row in found})
+        known = await connection.execute(FIND_CUSTOMERS, {"refs": refs})
+        customers: dict[str, str] = {row.ref: row.customer for row in known}
+        linked = [row for row in found if row.customer_ref in customers]
+        these = {"ids": [row.id for row in linked], "customers": [customers[row.customer_ref] for row in linked]}
         return await _seal_some(connection, run, these)
 
 
