@@ -5,6 +5,7 @@ from decimal import Decimal
 from typing import Any
 
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tallystick import db
 from tallystick.resources import Resources
@@ -125,6 +126,28 @@ def last_hour(minutes: int = 30) -> datetime:
 def nodes_of(plan: dict[str, Any]) -> list[dict[str, Any]]:
     """The nodes of a plan, as EXPLAIN gives it in JSON."""
     return [plan, *(node for part in plan.get("Plans", []) for node in nodes_of(part))]
+
+
+async def count_looks(connection: AsyncConnection, statement: str, parameters: dict[str, Any]) -> int:
+    """How many rows the busiest node looks at when a statement runs with its generic plan.
+
+    That is the plan for whatever parameters come, which PostgreSQL mostly goes over to after five times.
+    """
+    compiled = text(statement).compile(dialect=connection.dialect)
+    names = getattr(compiled, "positiontup")  # noqa: B009  of compiled SQL only, which it is
+    await connection.exec_driver_sql("SET LOCAL plan_cache_mode = force_generic_plan")
+    await connection.exec_driver_sql(f"PREPARE looked_at AS {compiled}")
+    values = ", ".join(_literal(parameters[name]) for name in names)
+    explained = await connection.exec_driver_sql(f"EXPLAIN (ANALYZE, FORMAT JSON) EXECUTE looked_at({values})")
+    await connection.exec_driver_sql("DEALLOCATE looked_at")
+    (explanation,) = explained.scalar_one()
+    return max(int(node["Actual Rows"] * node["Actual Loops"]) for node in nodes_of(explanation["Plan"]))
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, list):
+        return "'{" + ",".join("NULL" if each is None else str(each) for each in value) + "}'"
+    return f"'{value}'"
 
 
 async def wait_until_blocked(resources: Resources) -> None:

@@ -15,7 +15,7 @@ from tallystick import db
 from tallystick.resources import Resources, open_resources
 from tallystick.usage import delivery
 from tallystick.usage.agreement import LAG
-from tallystick.usage.delivery import CHOOSE, backoff, deliver, deliver_all, lease
+from tallystick.usage.delivery import CHOOSE, SETTLE, backoff, deliver, deliver_all, lease
 from tallystick.usage.late import UNKNOWN_FOR_AT_MOST
 from tallystick.usage.ledger import record_events
 from tallystick.usage.meters import refresh_meters
@@ -26,6 +26,7 @@ from tests.conftest import FakeStripe
 from tests.usage.making import (
     METER,
     conservation,
+    count_looks,
     last_hour,
     make_customer,
     make_event,
@@ -417,6 +418,34 @@ async def test_a_claim_looks_at_what_it_takes_and_not_at_all_that_waits(resource
         (plan,) = explained.scalar_one()
     walked = [node["Actual Rows"] for node in nodes_of(plan["Plan"]) if node["Node Type"] == "Recursive Union"]
     assert walked == [3]
+
+
+async def test_a_settlement_begins_with_its_deliveries_whatever_the_statistics_say(
+    resources: Resources,
+) -> None:
+    number = 1_000
+    async with db.transaction(resources.engine) as connection:
+        await record_events(connection, [make_event(at=last_hour())], accepted_already=True)
+        await connection.execute(
+            text("""
+                INSERT INTO usage_deliveries (total_id, opened_seal, seal, customer, event_name, identifier, payload,
+                                              value, timestamp, state)
+                SELECT t.id, n, n, 'cus_' || n, 'm', 'i' || n, '{}', 1, 1, 'sent'
+                  FROM usage_totals t, generate_series(1, 20 * :number) n
+            """),
+            {"number": number},
+        )
+        await connection.execute(text("ANALYZE usage_deliveries"))
+    now = datetime.now(UTC)
+    ids = [id for (id,) in await read_all(resources, "SELECT id FROM usage_deliveries ORDER BY id")][:number]
+    columns = dict.fromkeys(("reason", "unknown_since", "said", "request_id"), [None] * number)
+    settlement = columns | {"id": ids, "attempts": [1] * number, "state": ["sent"] * number}
+    settlement |= {"next_attempt_at": [now] * number, "outcome": ["sent"] * number, "http_status": [200] * number}
+    settlement |= {"at": now, "settled_at": now}
+    async with db.transaction(resources.engine) as connection:
+        await connection.execute(text("UPDATE usage_deliveries SET state = 'sending', attempts = 1"))
+        assert await count_looks(connection, SETTLE.text, settlement) == number
+        await connection.rollback()
 
 
 def test_the_wait_between_tries_grows_to_five_minutes() -> None:
