@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import secrets
+import shlex
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -65,6 +66,20 @@ class Stack:
     def fake(self) -> bool:
         """Whether Stripe is the fake one."""
         return "fake-stripe" in self.processes
+
+    @property
+    def settings_file(self) -> Path:
+        return self.data / "settings.sh"
+
+    def write_settings(self) -> None:
+        """Write what the stack's processes were told, for a shell to read: so `scripts/run doctor` finds them.
+
+        What came from the environment of this process stays there: it may be a real key of Stripe's.
+        """
+        own = {name: value for name, value in self.environment.items() if os.environ.get(name) != value}
+        self.settings_file.unlink(missing_ok=True)
+        lines = (f"export {name}={shlex.quote(value)}\n" for name, value in sorted(own.items()))
+        _keep_secret(self.settings_file, lambda: "".join(lines))
 
     def log_file(self, name: str) -> Path:
         return self.data / "logs" / f"{name}.log"
@@ -148,6 +163,7 @@ async def open_stack(
     }
     async with AsyncExitStack() as parts:
         stack = Stack(data, environment, None, None)
+        parts.callback(stack.settings_file.unlink, missing_ok=True)
         with console.status("starting PostgreSQL and Valkey"):
             await _start_stores(stack, parts, given, postgres_settings)
         parts.push_async_callback(stack.stop_processes)
@@ -176,6 +192,7 @@ async def run_until_stopped(data: Path, stop: asyncio.Event, console: Console) -
     }
     async with open_stack(data, ports=ports, console=console) as stack:
         key = await make_development_key(stack)
+        stack.write_settings()
         if stack.fake:
             with console.status("filling the fake Stripe with a demo catalogue"):
                 await create_catalogue(stack.settings())
