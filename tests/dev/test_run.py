@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ async def call(*arguments: str, folder: Path) -> tuple[int | None, str]:
     """`scripts/run ARGUMENTS` in a folder, without settings of its own; how it ended, and what it said."""
     settings = ("TALLYSTICK_", "STRIPE_", "DATABASE_URL", "REDIS_URL")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(settings)}
+    # As where somebody has activated .venv, which must not be made anew for it.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     process = await asyncio.create_subprocess_exec(
         str(SCRIPT),
         *arguments,
