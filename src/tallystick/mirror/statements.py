@@ -191,7 +191,10 @@ def _write_statement(kind: type[AnyChange]) -> TextClause:
     """Insert rows, or write over those with a smaller mark; returns the ids written, with their statuses if any."""
     table, columns = TABLES[kind][0], COLUMNS[kind]
     assignments = {name: f"excluded.{name}" for name in columns if name != "id"}
-    assignments["needs_refresh"] = f"excluded.needs_refresh OR {ties_with('excluded', 't')}"
+    # Another account's object of the same id is another object, and no rival.
+    assignments["needs_refresh"] = (
+        f"excluded.needs_refresh OR excluded.account = t.account AND {ties_with('excluded', 't')}"
+    )
     assignments["refresh_after"] = "'-infinity'"
     if "payment_failed_at" in assignments:
         assignments["payment_failed_at"] = "greatest(t.payment_failed_at, excluded.payment_failed_at)"
