@@ -42,6 +42,7 @@ from tallystick.usage.parts import COUNTED_PER_SEAL, STRIPE_MAX_AGE, Part, Total
 # thousands, and the drain waits for what is locked.
 FOUND_AT_ONCE = 50_000
 TOTALS_PER_TRANSACTION = 1_000
+# Of totals that PostgreSQL refuses; after more of them it is not they that are wrong.
 FAILURES_AT_MOST = 10
 
 # Usage of an hour that has just ended may still be on its way through Redis.

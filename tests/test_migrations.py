@@ -1,0 +1,74 @@
+"""What a migration makes of the rows that are there."""
+
+import secrets
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+
+import pytest
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, text
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from tallystick import db
+from tests.conftest import Servers
+
+HOUR = datetime(2026, 11, 1, 9, tzinfo=UTC)
+
+# Two of the three events of `calls` were sealed, one by one; the one of `bytes` was not.
+TOTALS = text("""
+    INSERT INTO usage_totals (customer_ref, meter, bucket_start, bucket_end, aggregation, seal, quantity, events,
+                              sealed, sealed_events)
+    VALUES ('acme', 'calls', :hour, :end, 'count', 3, 3, 3, 2, 2), ('acme', 'bytes', :hour, :end, 'sum', 2, 1, 1, 0, 0)
+""")
+EVENTS = text("""
+    INSERT INTO usage_events (source, id, day, customer_ref, meter, value, timestamp, stamped, received_at, total_id,
+                              seal)
+    SELECT 's', t.meter || n, '2026-11-01', 'acme', t.meter, 1, :hour, false, :hour, t.id, n
+      FROM usage_totals t, generate_series(1, 3) n WHERE t.meter = 'calls' OR n = 2
+""")
+
+
+@pytest.fixture
+async def empty_database(servers: Servers) -> AsyncIterator[AsyncEngine]:
+    """A database of its own, without a schema."""
+    base = servers.postgres.url.replace("postgresql://", "postgresql+asyncpg://")
+    name = f"migrated_{secrets.token_hex(4)}"
+    server = create_async_engine(base, isolation_level="AUTOCOMMIT")
+    async with server.connect() as connection:
+        await connection.execute(text(f"CREATE DATABASE {name}"))
+    engine = create_async_engine(base.rpartition("/")[0] + f"/{name}")
+    yield engine
+    await engine.dispose()
+    async with server.connect() as connection:
+        await connection.execute(text(f"DROP DATABASE {name}"))
+    await server.dispose()
+
+
+def upgrade(connection: Connection, revision: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(db.migrations_folder()))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    command.upgrade(config, revision)
+
+
+async def test_open_events_of_a_count_meter_stay_open_and_sealed_ones_stay_sealed(empty_database: AsyncEngine) -> None:
+    async with empty_database.begin() as connection:
+        await connection.run_sync(upgrade, "0012")
+        await connection.execute(text("CREATE TABLE usage_events_all PARTITION OF usage_events DEFAULT"))
+        for statement in (TOTALS, EVENTS):
+            await connection.execute(statement, {"hour": HOUR, "end": HOUR.replace(hour=10)})
+    async with empty_database.begin() as connection:
+        await connection.run_sync(upgrade, "head")
+        open_or_not = text(
+            "SELECT e.id, e.seal < t.seal, e.seal = t.seal"
+            "  FROM usage_events e JOIN usage_totals t ON t.id = e.total_id ORDER BY e.id"
+        )
+        assert (await connection.execute(open_or_not)).all() == [
+            ("bytes2", False, True),
+            ("calls1", True, False),
+            ("calls2", True, False),
+            ("calls3", False, True),
+        ]
+        assert (await connection.execute(text("SELECT max(seal) FROM usage_events"))).scalar_one() == 1_000_000_000
