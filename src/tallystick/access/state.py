@@ -1,10 +1,11 @@
 """The customers' access: one row each, decided anew in the transaction that changed the mirror."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+import msgspec
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -13,10 +14,23 @@ from tallystick.access.timeline import Cause, Line, write_timeline
 from tallystick.notifications.outbox import announce_changes
 from tallystick.rules import AccessRules
 
-FIND_SUBSCRIPTIONS = text("""
+# A row for each subscription, with its latest invoice. Of the customer's other invoices (a customer of many years has
+# many that were simply paid) only those on which something is owed: seldom any, and then as JSON.
+FIND_STATES = text("""
     SELECT c.id AS customer, c.deleted,
+           c.id = ANY(:named) AND (SELECT n.refs FROM customer_names n WHERE n.customer = c.id)
+                                   IS DISTINCT FROM a.announced_refs AS renamed,
            a.access, a.reason, a.prices AS granted, a.until, a.decide_again_at, a.rules, a.decided_by,
-           s.id, s.status, s.pause_collection, s.latest_invoice, i.prices, i.current_period_start
+           s.id, s.status, s.pause_collection, s.latest_invoice, i.prices, i.current_period_start,
+           l.id AS invoice, l.status AS invoice_status, l.created, l.payment_failing_since, l.due_date, l.finalized_at,
+           (SELECT CAST(json_agg(json_build_object(
+                       'id', o.id, 'subscription', o.subscription, 'status', o.status, 'created', o.created,
+                       'payment_failing_since', o.payment_failing_since, 'due_date', o.due_date,
+                       'finalized_at', o.finalized_at)) AS text)
+              FROM invoices o
+             WHERE o.customer = c.id AND NOT o.deleted AND o.id IS DISTINCT FROM l.id
+               AND (o.payment_failing_since IS NOT NULL AND o.status IN ('open', 'uncollectible')
+                    OR o.status = 'open' AND o.due_date <= :now)) AS owing
       FROM customers c
       LEFT JOIN customer_access a ON a.customer = c.id
       LEFT JOIN subscriptions s ON s.customer = c.id AND NOT s.deleted
@@ -24,17 +38,9 @@ FIND_SUBSCRIPTIONS = text("""
           SELECT array_agg(i.price) FILTER (WHERE i.price IS NOT NULL) AS prices,
                  max(i.current_period_start) AS current_period_start
             FROM subscription_items i WHERE i.subscription = s.id AND NOT i.deleted) i ON true
+      LEFT JOIN invoices l
+             ON l.id = s.latest_invoice AND l.subscription = s.id AND l.customer = c.id AND NOT l.deleted
      WHERE c.id = ANY(:customers)
-""")
-
-# Only the invoices that can matter: a customer of many years has many that were simply paid.
-FIND_INVOICES = text("""
-    SELECT i.customer, i.id, i.subscription, i.status, i.created, i.payment_failing_since, i.due_date, i.finalized_at
-      FROM invoices i
-     WHERE i.customer = ANY(:customers) AND NOT i.deleted
-       AND (i.payment_failing_since IS NOT NULL AND i.status IN ('open', 'uncollectible')
-            OR i.status = 'open' AND i.due_date <= :now
-            OR EXISTS (SELECT FROM subscriptions s WHERE s.id = i.subscription AND s.latest_invoice = i.id))
 """)
 
 # `since` is when the access changed, which a new reason or another price does not make anew. Nor is an event the cause
@@ -56,6 +62,8 @@ WRITE_ACCESS = text("""
         since = CASE WHEN t.access = excluded.access THEN t.since ELSE excluded.since END
 """)
 
+read_invoices = msgspec.json.Decoder(list[Invoice]).decode
+
 
 @dataclass(frozen=True)
 class _Known:
@@ -74,6 +82,7 @@ async def recompute_access(
     *,
     cause: Cause = "refresh",
     other_lines: Sequence[Line] = (),
+    named: Collection[str] | None = None,
 ) -> set[str]:
     """Decide the access of customers from the mirror and write what changed; returns the customers that it changed for.
 
@@ -82,13 +91,16 @@ async def recompute_access(
     caller has locked the customers' rows: otherwise the last of two transactions that each see only their own half of
     the mirror would write an access that the whole does not justify. `other_lines` go into the timeline before those
     about access.
+
+    What is new is announced, too. To look for it costs more than all else here. With `named`, the customers whose names
+    may have changed, it is looked for only where the names have, or where there is a line or a new decision.
     """
     if not decided_by:
         return set()
     customers = sorted(decided_by)
-    known, decisions = await _decide(connection, customers, rules, now)
+    known, decisions, renamed = await _decide(connection, customers, named or (), rules, now)
     current = fingerprint(rules)
-    rows, changed = [], set()
+    rows, written, changed = [], set(), set()
     lines = list(other_lines)
     for customer in customers:
         before, decision = known.get(customer), decisions[customer]
@@ -98,6 +110,7 @@ async def recompute_access(
         if event is None and cause == "grace" and before is not None:
             event = before.decided_by
         rows.append(_row(customer, decision, event))
+        written.add(customer)
         if before is None or _answer(before.decision) != _answer(decision):
             changed.add(customer)
         old = before.decision if before is not None else None
@@ -116,24 +129,34 @@ async def recompute_access(
     if rows:
         await connection.execute(WRITE_ACCESS, {"rows": json.dumps(rows), "rules": current, "now": now})
     await write_timeline(connection, lines, now)
-    await announce_changes(connection, customers)
+    if named is None:
+        await announce_changes(connection, customers)
+    else:
+        await announce_changes(connection, renamed | {line.customer for line in lines} | written)
     return changed
 
 
 async def _decide(
-    connection: AsyncConnection, customers: list[str], rules: AccessRules, now: datetime
-) -> tuple[dict[str, _Known], dict[str, Decision]]:
+    connection: AsyncConnection, customers: list[str], named: Collection[str], rules: AccessRules, now: datetime
+) -> tuple[dict[str, _Known], dict[str, Decision], set[str]]:
+    """What was known of the customers, what is decided now, and who of `named` has another name than was announced."""
     known: dict[str, _Known] = {}
     deleted: set[str] = set()
+    renamed: set[str] = set()
     subscriptions: dict[str, list[Subscription]] = {customer: [] for customer in customers}
-    for row in await connection.execute(FIND_SUBSCRIPTIONS, {"customers": customers}):
+    invoices: dict[str, list[Invoice]] = {customer: [] for customer in customers}
+    parameters = {"customers": customers, "named": list(named), "now": now}
+    for row in await connection.execute(FIND_STATES, parameters):
+        customer = row.customer
         if row.access is not None:
             before = Decision(row.access, row.reason, tuple(row.granted), row.until, row.decide_again_at)
-            known[row.customer] = _Known(before, row.rules, row.decided_by)
+            known[customer] = _Known(before, row.rules, row.decided_by)
         if row.deleted:
-            deleted.add(row.customer)
+            deleted.add(customer)
+        if row.renamed:
+            renamed.add(customer)
         if row.id is not None:
-            subscriptions[row.customer].append(
+            subscriptions[customer].append(
                 Subscription(
                     row.id,
                     row.status,
@@ -143,25 +166,29 @@ async def _decide(
                     row.current_period_start,
                 )
             )
-    invoices: dict[str, list[Invoice]] = {customer: [] for customer in customers}
-    for row in await connection.execute(FIND_INVOICES, {"customers": customers, "now": now}):
-        invoices[row.customer].append(
-            Invoice(
-                row.id,
-                row.subscription,
-                row.status,
-                row.created,
-                row.payment_failing_since,
-                row.due_date,
-                row.finalized_at,
+        if row.invoice is not None:
+            invoices[customer].append(
+                Invoice(
+                    row.invoice,
+                    row.id,
+                    row.invoice_status,
+                    row.created,
+                    row.payment_failing_since,
+                    row.due_date,
+                    row.finalized_at,
+                )
             )
-        )
-    return known, {
+        if row.owing is not None:
+            # Each row of a customer has them, and repeats the latest invoices of its other rows: once or twice, they
+            # count the same.
+            invoices[customer] += read_invoices(row.owing)
+    decisions = {
         customer: decide_access(
             subscriptions[customer], invoices[customer], rules, now, customer_deleted=customer in deleted
         )
         for customer in customers
     }
+    return known, decisions, renamed
 
 
 def _answer(decision: Decision) -> tuple[object, ...]:

@@ -14,7 +14,7 @@ event's id and its effect are one transaction.
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextvars import Context, copy_context
 from datetime import UTC, datetime, timedelta
 from time import perf_counter
@@ -43,7 +43,7 @@ from tallystick.metrics import (
     WEBHOOKS_WAITING,
 )
 from tallystick.mirror.apply import apply_changes
-from tallystick.mirror.changes import InvoiceChange
+from tallystick.mirror.changes import AnyChange, CheckoutSessionChange, CustomerChange, InvoiceChange
 from tallystick.resources import Resources
 from tallystick.rules import AccessRules
 from tallystick.usage.error_reports import ErrorReport, note_error_reports
@@ -163,7 +163,14 @@ async def record_events(
     await request_seals(connection, _drafts(new, translations))
     reports = [ErrorReport(event.id, event.type, event.object_id) for event in new if translations[event.id].reports]
     await note_error_reports(connection, reports, now)
-    await recompute_access(connection, applied.customers, rules, now, other_lines=lines_of(applied, changes))
+    await recompute_access(
+        connection,
+        applied.customers,
+        rules,
+        now,
+        other_lines=lines_of(applied, changes),
+        named=_named_customers(changes),
+    )
     verdicts = {event.id: _verdict(translations[event.id], written=event.id in applied.events) for event in new}
     if applied.foreign:
         verdicts |= dict.fromkeys(applied.foreign, "quarantined")
@@ -176,6 +183,12 @@ async def record_events(
     await note_stale(connection, lost)
     # The first copy of an event in the batch has its verdict; every other is a duplicate.
     return [verdicts.pop(event.id, "duplicate") for event in events]
+
+
+def _named_customers(changes: Iterable[AnyChange]) -> set[str]:
+    """The customers whose names, as the product has them, these changes may have given or taken."""
+    named = {change.id for change in changes if isinstance(change, CustomerChange)}
+    return named | {change.customer for change in changes if isinstance(change, CheckoutSessionChange)}
 
 
 def _first_copies(events: Sequence[StripeEvent]) -> list[StripeEvent]:
