@@ -15,11 +15,9 @@ import pytest
 from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tallystick.app import create_app
 from tallystick.mirror import apply, marks, statements
-from tallystick.mirror.changes import AnyChange
 from tallystick.resources import Resources
 from tallystick.webhooks.refresh import CLAIM_FOR, refresh_mirror
 from tests.conftest import FakeStripe, empty_stores, open_client
@@ -103,8 +101,9 @@ async def test_whatever_becomes_of_the_events_both_halves_agree(
 
 
 def rebuild_statements(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A cache of its own, so that no other test gets these.
+    monkeypatch.setattr(apply, "write_statement", statements.write_statement.__wrapped__)
     for kind in statements.TABLES:
-        monkeypatch.setitem(statements.WRITE, kind, statements._write_statement(kind))
         monkeypatch.setitem(statements.NOTE_TIES, kind, statements._tie_statement(kind))
 
 
@@ -130,15 +129,11 @@ def switch_off_tombstones(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def switch_off_child_guards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Items and entitlements are written whether or not what they belong to was."""
-    add_boundaries = apply._add_boundaries
-
-    async def write_all_children(connection: AsyncConnection, changes: Sequence[AnyChange]) -> None:
-        for change in changes:
-            await apply._write_children(connection, [change])
-        await add_boundaries(connection, changes)
-
-    monkeypatch.setattr(apply, "_add_boundaries", write_all_children)
+    """Items are written whether or not their subscription was."""
+    guard = "WHERE r.subscription IN (SELECT id FROM subscriptions_written)"
+    assert guard in statements.ITEMS
+    monkeypatch.setattr(statements, "ITEMS", statements.ITEMS.replace(guard, ""))
+    rebuild_statements(monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -398,7 +398,9 @@ async def test_failures_are_forgotten_once_the_event_is_handled(
 ) -> None:
     bad = event("customer.created", customer("cus_bad", metadata={"tallystick_ref": "jenny@example.com"}))
     async with db.transaction(resources.engine) as connection:
-        await connection.exec_driver_sql("ALTER TABLE customers ADD CONSTRAINT a_bug CHECK (id <> 'cus_bad')")
+        await connection.exec_driver_sql(
+            "ALTER TABLE customers ADD CONSTRAINT a_bug CHECK (ref <> 'jenny@example.com')"
+        )
     try:
         with capture_logs() as logs:
             assert (await post(client, bad)).status_code == 500

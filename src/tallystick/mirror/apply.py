@@ -1,11 +1,12 @@
 """Apply changes to the mirror: set-based statements inside the caller's transaction, safe to repeat.
 
-    1. fold       of several changes of one object only the greatest mark is written
-    2. lock       the customers touched, in sorted order; unknown ones become stubs to be fetched. Two transactions that
+    1. lock       the customers touched, in sorted order; unknown ones become stubs to be fetched. Two transactions that
                   touch different objects of one customer thereby decide its access one after the other.
-    3. write      kind by kind, each row guarded by its mark, in the order of ids, so that no two transactions can wait
-                  for each other
-    4. children   the items of the subscriptions that were written, and of no others; entitlements likewise
+    2. fold       of several changes of one object only the greatest mark is written
+    3. write      all kinds in one statement, each row guarded by its mark, kind by kind in the order of ids, so that no
+                  two transactions can wait for each other; with them the items of the subscriptions that are written,
+                  and of no others
+    4. losers     their payment failures and ties
 
 No order between objects is assumed: an invoice may come before its customer and a subscription before its prices.
 """
@@ -30,19 +31,16 @@ from tallystick.mirror.changes import (
 )
 from tallystick.mirror.marks import NEVER
 from tallystick.mirror.statements import (
-    ADD_BOUNDARIES,
     DELETE_OTHER_ENTITLEMENTS,
     ENTOMB,
     FIND_ACCOUNTS,
-    FIND_PRICES,
     LOCK_CUSTOMERS,
     MERGE_PAYMENT_FAILURES,
     NOTE_TIES,
     OVERWRITE,
     TABLES,
-    WRITE,
     WRITE_ENTITLEMENTS,
-    WRITE_ITEMS,
+    write_statement,
 )
 
 
@@ -77,39 +75,46 @@ class Applied:
 
 
 async def apply_changes(connection: AsyncConnection, changes: Sequence[AnyChange]) -> Applied:
-    """Write the changes that win over what the mirror holds. The caller decides the customers' access, and commits.
+    """Write the changes that win over what the mirror holds.
 
-    A change that loses leaves nothing but its payment failure, its period boundaries and stubs of what it links to:
-    these are true whatever came later.
+    The caller has locked their customers (`accounts_of`), decides these customers' access, and commits. A change that
+    loses leaves nothing but its payment failure, its period boundaries and stubs of what it links to: these are true
+    whatever came later.
     """
-    folded = fold(changes)
-    await lock_customers(
-        connection, {customer: change.account for change in changes for customer in _customers_of(change)}
-    )
     applied = Applied()
-    for kind in TABLES:
-        of_kind = [change for change in folded if type(change) is kind]
-        if kind is PriceChange:
-            of_kind += await _find_price_stubs(connection, changes, known={change.id for change in of_kind})
-        if not of_kind:
-            continue
-        rows = _rows(of_kind)
-        written_rows = (await connection.execute(WRITE[kind], {"rows": rows})).all()
-        written = {row.id for row in written_rows}
-        applied.transitions += _transitions(of_kind, written_rows)
-        if len(written) < len(of_kind):
-            await connection.execute(NOTE_TIES[kind], {"rows": rows})
+    folded: dict[type[AnyChange], list[AnyChange]] = {kind: [] for kind in TABLES}
+    for change in fold(changes):
+        folded[type(change)].append(change)
+    stubs = _price_stubs(changes, known={change.id for change in folded[PriceChange]})
+    kinds = tuple(kind for kind in TABLES if folded[kind] or (kind is PriceChange and stubs))
+    if not kinds:
+        return applied
+    parameters = {TABLES[kind][0]: _rows(folded[kind] + (stubs if kind is PriceChange else [])) for kind in kinds}
+    parameters |= _children(folded[SubscriptionChange], changes)
+    written: dict[str, dict[str, Row[Any]]] = {TABLES[kind][0]: {} for kind in kinds}
+    for row in await connection.execute(write_statement(kinds), parameters):
+        written[row.of][row.id] = row
+    for kind in kinds:
+        table = TABLES[kind][0]
+        winners = [change for change in folded[kind] if change.id in written[table]]
+        losers = [change for change in folded[kind] if change.id not in written[table]]
+        applied.transitions += _transitions(winners, written[table])
+        if losers:
+            await connection.execute(NOTE_TIES[kind], {"rows": parameters[table]})
         applied.foreign |= await _find_foreign(connection, kind, changes)
-        await _write_children(connection, [change for change in of_kind if change.id in written])
+        if kind is EntitlementsChange:
+            await _write_entitlements(connection, winners)
         if kind is InvoiceChange:
-            losers = [
-                change for change in of_kind if change.id not in written and change.mark.event not in applied.foreign
-            ]
-            written_failures = written | await _merge_payment_failures(connection, losers)
-            _note_payment_failures(applied, changes, of_kind, written_failures)
-        _note_written(applied, [change for change in of_kind if change.id in written])
-    await _add_boundaries(connection, changes)
+            own = [change for change in losers if change.mark.event not in applied.foreign]
+            failures = written[table].keys() | await _merge_payment_failures(connection, own)
+            _note_payment_failures(applied, changes, folded[kind], failures)
+        _note_written(applied, winners)
     return applied
+
+
+def accounts_of(changes: Iterable[AnyChange]) -> dict[str, str]:
+    """The customers that changes are about, each with the account that it belongs to."""
+    return {customer: change.account for change in changes for customer in _customers_of(change)}
 
 
 async def lock_customers(connection: AsyncConnection, customers: Iterable[str] | Mapping[str, str]) -> None:
@@ -118,9 +123,13 @@ async def lock_customers(connection: AsyncConnection, customers: Iterable[str] |
     A mapping gives the customers' accounts too; without one they belong to the own account.
     """
     accounts = customers if isinstance(customers, Mapping) else dict.fromkeys(customers, "")
-    rows = [{"id": customer, "account": accounts[customer]} for customer in sorted(accounts)]
-    if rows:
-        await connection.execute(LOCK_CUSTOMERS, {"rows": _dump(rows)})
+    if accounts:
+        await connection.execute(LOCK_CUSTOMERS, {"customers": rows_to_lock(accounts)})
+
+
+def rows_to_lock(accounts: Mapping[str, str]) -> str:
+    """The parameter of `LOCK_CUSTOMERS`, for a statement that it is a part of."""
+    return _dump({"id": customer, "account": account} for customer, account in accounts.items())
 
 
 async def overwrite(connection: AsyncConnection, change: AnyChange, version: str) -> Applied | None:
@@ -130,14 +139,14 @@ async def overwrite(connection: AsyncConnection, change: AnyChange, version: str
     never undoes what came meanwhile. The row keeps the mark of its last event. The caller has locked the customer.
     """
     kind = type(change)
+    parameters = {TABLES[kind][0]: _rows([change]), "version": version}
     if isinstance(change, SubscriptionChange):
-        stubs = await _find_price_stubs(connection, [change], known=set())
-        if stubs:
-            await connection.execute(WRITE[PriceChange], {"rows": _rows(stubs)})
-    written = (await connection.execute(OVERWRITE[kind], {"rows": _rows([change]), "version": version})).all()
-    if written:
-        await _write_children(connection, [change])
-    await _add_boundaries(connection, [change])
+        parameters["prices"] = _rows(_price_stubs([change], known=set()))
+    parameters |= _children([change], [change])
+    result = await connection.execute(OVERWRITE[kind], parameters)
+    written = {row.id: row for row in result if row.of == TABLES[kind][0]}
+    if isinstance(change, EntitlementsChange) and written:
+        await _write_entitlements(connection, [change])
     return Applied(transitions=_transitions([change], written)) if written else None
 
 
@@ -150,12 +159,10 @@ async def entomb(connection: AsyncConnection, kind: type[AnyChange], object_id: 
     return Applied(transitions=[Transition(name, row.id, row.customer, row.old, "deleted", None)] if name else [])
 
 
-def _transitions(changes: Iterable[AnyChange], written: Iterable[Row[Any]]) -> list[Transition]:
-    changed = {change.id: change for change in changes}
+def _transitions(written: Iterable[AnyChange], rows: Mapping[str, Row[Any]]) -> list[Transition]:
     transitions = []
-    for row in sorted(written, key=lambda row: str(row.id)):
-        change = changed[row.id]
-        name = _status_kind(type(change))
+    for change in sorted(written, key=lambda change: change.id):
+        row, name = rows[change.id], _status_kind(type(change))
         if name and isinstance(change, SubscriptionChange | InvoiceChange) and row.old != row.new:
             transitions.append(Transition(name, row.id, change.customer, row.old, row.new, change.mark.event or None))
     return transitions
@@ -217,30 +224,45 @@ def _customers_of(change: AnyChange) -> tuple[str, ...]:
             return ()
 
 
-async def _find_price_stubs(
-    connection: AsyncConnection, changes: Sequence[AnyChange], *, known: set[str]
-) -> list[AnyChange]:
-    """Prices embedded in items that the mirror does not have yet.
-
-    Looked up without a lock: a popular price is in every subscription, and all transactions would wait for its row.
-    """
+def _price_stubs(changes: Iterable[AnyChange], *, known: set[str]) -> list[AnyChange]:
+    """Prices as embedded in items, for those that the mirror does not have yet."""
     embedded = {
         price.id: price for change in changes if isinstance(change, SubscriptionChange) for price in change.prices
     }
-    wanted = sorted(embedded.keys() - known)
-    if not wanted:
-        return []
-    present = set((await connection.execute(FIND_PRICES, {"ids": wanted})).scalars())
-    return [embedded[price] for price in wanted if price not in present]
+    return [price for price in embedded.values() if price.id not in known]
 
 
-async def _write_children(connection: AsyncConnection, written: Sequence[AnyChange]) -> None:
-    """Write what belongs to the rows that were just written, and take away what no longer does."""
-    await _write_items(connection, [change for change in written if isinstance(change, SubscriptionChange)])
-    await _write_entitlements(connection, [change for change in written if isinstance(change, EntitlementsChange)])
+def _children(folded: Iterable[AnyChange], changes: Iterable[AnyChange]) -> dict[str, Any]:
+    """The parameters of what belongs to subscriptions and invoices (`write_statement`).
+
+    Every instant at which a period begins or ends, and the period of each item, are told of late and stale events too:
+    each was one once, and usage may still be on its way to that period's invoice. A boundary too many cuts an hour of
+    usage in two, which changes no sum; one too few may put usage on the wrong invoice.
+    """
+    subscriptions = [change for change in folded if isinstance(change, SubscriptionChange)]
+    items = {
+        item.id: {
+            "id": item.id,
+            "subscription": change.id,
+            "price": item.price,
+            "current_period_start": item.current_period_start,
+            "current_period_end": item.current_period_end,
+        }
+        for change in subscriptions
+        for item in change.items
+    }
+    boundaries = {(customer, at) for change in changes for customer, at in _boundaries_of(change) if at is not None}
+    return {
+        "items": _dump(items.values()),
+        "complete": [change.id for change in subscriptions if change.complete],
+        "periods": _dump(_periods_of(changes)),
+        "boundaries": _dump({"customer": customer, "at": at} for customer, at in boundaries),
+    }
 
 
-async def _write_entitlements(connection: AsyncConnection, written: Sequence[EntitlementsChange]) -> None:
+async def _write_entitlements(connection: AsyncConnection, winners: Iterable[AnyChange]) -> None:
+    """Write the features of the customers whose summaries were written, and take away those that are not listed."""
+    written = [change for change in winners if isinstance(change, EntitlementsChange)]
     rows = {
         entitlement.id: {
             "id": entitlement.id,
@@ -258,24 +280,6 @@ async def _write_entitlements(connection: AsyncConnection, written: Sequence[Ent
         await connection.execute(DELETE_OTHER_ENTITLEMENTS, {"customers": complete, "listed": sorted(rows)})
 
 
-async def _write_items(connection: AsyncConnection, written: Sequence[SubscriptionChange]) -> None:
-    items = {
-        item.id: {
-            "id": item.id,
-            "subscription": change.id,
-            "price": item.price,
-            "current_period_start": item.current_period_start,
-            "current_period_end": item.current_period_end,
-        }
-        for change in written
-        for item in change.items
-    }
-    complete = sorted(change.id for change in written if change.complete)
-    if items or complete:
-        parameters = {"rows": _dump(items.values()), "complete": complete, "listed": sorted(items)}
-        await connection.execute(WRITE_ITEMS, parameters)
-
-
 async def _merge_payment_failures(connection: AsyncConnection, invoices: Iterable[AnyChange]) -> set[str]:
     rows = [
         {
@@ -291,19 +295,7 @@ async def _merge_payment_failures(connection: AsyncConnection, invoices: Iterabl
     return set((await connection.execute(MERGE_PAYMENT_FAILURES, {"rows": _dump(rows)})).scalars())
 
 
-async def _add_boundaries(connection: AsyncConnection, changes: Iterable[AnyChange]) -> None:
-    """Every instant at which a period begins or ends, of late and stale events too: each was a boundary once.
-
-    One too many cuts an hour of usage in two, which changes no sum; one too few may put usage on the wrong invoice.
-    """
-    boundaries = {(customer, at) for change in changes for customer, at in _boundaries_of(change) if at is not None}
-    if boundaries:
-        rows = [{"customer": customer, "at": at} for customer, at in sorted(boundaries)]
-        await connection.execute(ADD_BOUNDARIES, {"rows": _dump(rows), "periods": _dump(_periods_of(changes))})
-
-
 def _periods_of(changes: Iterable[AnyChange]) -> list[dict[str, Any]]:
-    """The period of each item, of late and stale events too: usage may still be on its way to that period's invoice."""
     ends: dict[tuple[str, str, datetime, str, str], datetime] = {}
     subscriptions = [change for change in changes if isinstance(change, SubscriptionChange)]
     for change in subscriptions:

@@ -3,7 +3,8 @@
 `w` are the rows to be written, `t` is the table.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import lru_cache
 
 from sqlalchemy import TextClause, text
 
@@ -100,26 +101,8 @@ MARK_COLUMNS = {
 # `DO UPDATE … WHERE false` changes nothing and locks the row all the same, in the order of the SELECT.
 LOCK_CUSTOMERS = text("""
     INSERT INTO customers AS t (id, account, needs_refresh)
-    SELECT id, account, true FROM json_to_recordset(CAST(:rows AS json)) AS r(id text, account text) ORDER BY id
+    SELECT id, account, true FROM json_to_recordset(CAST(:customers AS json)) AS r(id text, account text) ORDER BY id
     ON CONFLICT (id) DO UPDATE SET updated_at = t.updated_at WHERE false
-""")
-
-FIND_PRICES = text("SELECT id FROM prices WHERE id = ANY(:ids)")
-
-# Writes what is listed, and takes away what else the subscriptions with a complete list had.
-WRITE_ITEMS = text("""
-    WITH gone AS (
-        UPDATE subscription_items SET deleted = true, updated_at = now()
-         WHERE subscription = ANY(:complete) AND NOT deleted AND NOT id = ANY(:listed)
-    )
-    INSERT INTO subscription_items AS t (id, subscription, price, current_period_start, current_period_end)
-    SELECT * FROM json_to_recordset(CAST(:rows AS json))
-               AS r(id text, subscription text, price text, current_period_start timestamptz,
-                    current_period_end timestamptz)
-     ORDER BY id
-    ON CONFLICT (id) DO UPDATE SET
-        subscription = excluded.subscription, price = excluded.price, deleted = false, updated_at = now(),
-        current_period_start = excluded.current_period_start, current_period_end = excluded.current_period_end
 """)
 
 WRITE_ENTITLEMENTS = text("""
@@ -136,23 +119,46 @@ DELETE_OTHER_ENTITLEMENTS = text("""
      WHERE customer = ANY(:customers) AND NOT deleted AND NOT id = ANY(:listed)
 """)
 
+# Of the prices that are known as parts of items only, those that the mirror does not have yet. Looked up without a
+# lock: a popular price is in every subscription, and all transactions would wait for its row.
+NO_KNOWN_STUB = "(w.mark_created > '-infinity' OR NOT EXISTS (SELECT FROM prices p WHERE p.id = w.id))"
+
+# The items of the subscriptions that were written, and of no others. What else those with a complete list had is gone.
+ITEMS = """
+    SELECT * FROM json_to_recordset(CAST(:items AS json))
+               AS r(id text, subscription text, price text, current_period_start timestamptz,
+                    current_period_end timestamptz)
+     WHERE r.subscription IN (SELECT id FROM subscriptions_written)
+"""
+ITEMS_GONE = """
+    UPDATE subscription_items t SET deleted = true, updated_at = now()
+      FROM subscriptions_written w
+     WHERE t.subscription = w.id AND w.id = ANY(:complete) AND NOT t.deleted AND t.id NOT IN (SELECT id FROM items)
+"""
+ITEMS_WRITTEN = """
+    INSERT INTO subscription_items AS t (id, subscription, price, current_period_start, current_period_end)
+    SELECT * FROM items ORDER BY id
+    ON CONFLICT (id) DO UPDATE SET
+        subscription = excluded.subscription, price = excluded.price, deleted = false, updated_at = now(),
+        current_period_start = excluded.current_period_start, current_period_end = excluded.current_period_end
+"""
+
 # Of a period the furthest end that was told: in whatever order events come, the same row. An anchor that moves begins a
 # new period, and that one's start ends this one (see the view `metered_periods`).
-ADD_BOUNDARIES = text("""
-    WITH periods AS (
-        INSERT INTO billing_periods AS t (item, price, period_start, period_end, subscription, customer)
-        SELECT item, price, period_start, period_end, subscription, customer
-          FROM json_to_recordset(CAST(:periods AS json))
-            AS r(item text, price text, period_start timestamptz, period_end timestamptz, subscription text,
-                 customer text)
-         ORDER BY item, price, period_start
-        ON CONFLICT (item, price, period_start) DO UPDATE SET period_end = greatest(t.period_end, excluded.period_end)
-         WHERE t.period_end < excluded.period_end
-    )
+PERIODS = """
+    INSERT INTO billing_periods AS t (item, price, period_start, period_end, subscription, customer)
+    SELECT item, price, period_start, period_end, subscription, customer
+      FROM json_to_recordset(CAST(:periods AS json))
+        AS r(item text, price text, period_start timestamptz, period_end timestamptz, subscription text, customer text)
+     ORDER BY item, price, period_start
+    ON CONFLICT (item, price, period_start) DO UPDATE SET period_end = greatest(t.period_end, excluded.period_end)
+     WHERE t.period_end < excluded.period_end
+"""
+BOUNDARIES = """
     INSERT INTO period_boundaries (customer, at)
-    SELECT * FROM json_to_recordset(CAST(:rows AS json)) AS r(customer text, at timestamptz) ORDER BY customer, at
+    SELECT * FROM json_to_recordset(CAST(:boundaries AS json)) AS r(customer text, at timestamptz) ORDER BY customer, at
     ON CONFLICT DO NOTHING
-""")
+"""
 
 MERGE_PAYMENT_FAILURES = text("""
     UPDATE invoices t SET updated_at = now(),
@@ -166,10 +172,6 @@ MERGE_PAYMENT_FAILURES = text("""
     RETURNING t.id
 """)
 
-
-# The status as the timeline and the notifications tell it: a draft invoice can be deleted, which Stripe has no status
-# for.
-STATUS = "CASE WHEN t.deleted THEN 'deleted' ELSE t.status END"
 
 COLUMNS = {kind: {"id": "text", **own, **MARK_COLUMNS} for kind, (_, own) in TABLES.items()}
 
@@ -187,8 +189,26 @@ def _may_overwrite(new: str, old: str) -> str:
     )"""
 
 
-def _write_statement(kind: type[AnyChange]) -> TextClause:
-    """Insert rows, or write over those with a smaller mark; returns the ids written, with their statuses if any."""
+@lru_cache
+def write_statement(kinds: tuple[type[AnyChange], ...]) -> TextClause:
+    """Insert rows of these kinds, or write over those with a smaller mark, and what belongs to them.
+
+    Kind by kind in the given order, each in the order of ids; each kind's rows are a parameter named as its table.
+    Returns table and id of each row that was written, with its status before and now if the kind tells one.
+    """
+    return _with_children(kinds, {f"{TABLES[kind][0]}_written": _write_part(kind) for kind in kinds})
+
+
+def _with_children(kinds: Collection[type[AnyChange]], parts: dict[str, str]) -> TextClause:
+    written = " UNION ALL ".join(f"SELECT * FROM {name}" for name in parts)  # noqa: S608  names from the tables above
+    if SubscriptionChange in kinds:
+        parts |= {"items": ITEMS, "items_gone": ITEMS_GONE, "items_written": ITEMS_WRITTEN, "periods": PERIODS}
+    if SubscriptionChange in kinds or InvoiceChange in kinds:
+        parts |= {"boundaries": BOUNDARIES}
+    return text(f"WITH {', '.join(f'{name} AS ({part})' for name, part in parts.items())} {written}")
+
+
+def _write_part(kind: type[AnyChange]) -> str:
     table, columns = TABLES[kind][0], COLUMNS[kind]
     assignments = {name: f"excluded.{name}" for name in columns if name != "id"}
     # Another account's object of the same id is another object, and no rival.
@@ -199,14 +219,14 @@ def _write_statement(kind: type[AnyChange]) -> TextClause:
     if "payment_failed_at" in assignments:
         assignments["payment_failed_at"] = "greatest(t.payment_failed_at, excluded.payment_failed_at)"
         assignments["payment_failing_since"] = "least(t.payment_failing_since, excluded.payment_failing_since)"
-    return text(f"""
-        {_statuses_before(kind)}
+    return f"""
         INSERT INTO {table} AS t ({", ".join(columns)})
-        SELECT * FROM json_to_recordset(CAST(:rows AS json)) AS r({_recordset(columns)}) ORDER BY id
+        SELECT * FROM json_to_recordset(CAST(:{table} AS json)) AS w({_recordset(columns)})
+         WHERE {NO_KNOWN_STUB if kind is PriceChange else "true"} ORDER BY id
         ON CONFLICT (id) DO UPDATE SET updated_at = now(), {_assign(assignments)}
          WHERE {_may_overwrite("excluded", "t")}
         RETURNING {_written(kind)}
-    """)  # noqa: S608  names from the tables above
+    """  # noqa: S608  names from the tables above
 
 
 def _overwrite_statement(kind: type[AnyChange]) -> TextClause:
@@ -217,13 +237,14 @@ def _overwrite_statement(kind: type[AnyChange]) -> TextClause:
     assignments["mark_rank"] = "greatest(t.mark_rank, w.mark_rank)"
     for fact in ("payment_failed_at", "payment_failing_since"):
         assignments.pop(fact, None)
-    return text(f"""
-        {_statuses_before(kind)}
+    update = f"""
         UPDATE {table} t SET updated_at = now(), {_assign(assignments)}
-          FROM json_to_recordset(CAST(:rows AS json)) AS w({_recordset(columns)})
+          FROM json_to_recordset(CAST(:{table} AS json)) AS w({_recordset(columns)})
          WHERE t.id = w.id AND t.account = w.account AND CAST(t.xmin AS text) = :version
         RETURNING {_written(kind)}
-    """)  # noqa: S608  names from the tables above
+    """  # noqa: S608  names from the tables above
+    prices = {"prices_written": _write_part(PriceChange)} if kind is SubscriptionChange else {}
+    return _with_children([kind], prices | {f"{table}_written": update})
 
 
 def _tie_statement(kind: type[AnyChange]) -> TextClause:
@@ -241,20 +262,21 @@ def tells_status(kind: type[AnyChange]) -> bool:
     return kind in (SubscriptionChange, InvoiceChange)
 
 
-def _statuses_before(kind: type[AnyChange]) -> str:
-    # All parts of one statement see what was there before it; the customers' lock keeps others from changing it.
-    if not tells_status(kind):
-        return ""
-    return f"""
-        WITH before AS (SELECT id, {STATUS} AS status FROM {TABLES[kind][0]} t
-                         WHERE id IN (SELECT id FROM json_to_recordset(CAST(:rows AS json)) AS r(id text)))
-    """  # noqa: S608  names from the tables above
-
-
 def _written(kind: type[AnyChange]) -> str:
+    table = TABLES[kind][0]
     if not tells_status(kind):
-        return "t.id, NULL AS old, NULL AS new"
-    return f"t.id, (SELECT b.status FROM before b WHERE b.id = t.id) AS old, {STATUS} AS new"  # noqa: S608  a constant
+        return f"'{table}' AS of, t.id, CAST(NULL AS text) AS old, CAST(NULL AS text) AS new"
+    # A statement sees the rows as they were before it; the customers' lock keeps others from changing them.
+    old = f"(SELECT {_status('b')} FROM {table} b WHERE b.id = t.id)"  # noqa: S608  names from the tables above
+    return f"'{table}' AS of, t.id, {old} AS old, {_status('t')} AS new"
+
+
+def _status(row: str) -> str:
+    """SQL: the status as the timeline and the notifications tell it.
+
+    A draft invoice can be deleted, which Stripe has no status for.
+    """
+    return f"CASE WHEN {row}.deleted THEN 'deleted' ELSE {row}.status END"
 
 
 def _recordset(columns: Mapping[str, str]) -> str:
@@ -265,7 +287,6 @@ def _assign(assignments: Mapping[str, str]) -> str:
     return ", ".join(f"{name} = {value}" for name, value in assignments.items())
 
 
-WRITE = {kind: _write_statement(kind) for kind in TABLES}
 OVERWRITE = {kind: _overwrite_statement(kind) for kind in TABLES}
 NOTE_TIES = {kind: _tie_statement(kind) for kind in TABLES}
 ENTOMB = {

@@ -42,8 +42,9 @@ from tallystick.metrics import (
     WEBHOOK_SECONDS,
     WEBHOOKS_WAITING,
 )
-from tallystick.mirror.apply import apply_changes
+from tallystick.mirror.apply import accounts_of, apply_changes, rows_to_lock
 from tallystick.mirror.changes import AnyChange, CheckoutSessionChange, CustomerChange, InvoiceChange
+from tallystick.mirror.statements import LOCK_CUSTOMERS
 from tallystick.resources import Resources
 from tallystick.rules import AccessRules
 from tallystick.usage.error_reports import ErrorReport, note_error_reports
@@ -82,9 +83,10 @@ STOP_WITHIN_SECONDS = 2
 FAILURES_BEFORE_QUARANTINE = 5
 FAILURES_APART = timedelta(hours=1)
 
-# Also forgets earlier failures of the events: they are handled now.
-RECORD_EVENTS = text("""
-    WITH handled AS (DELETE FROM stripe_event_failures WHERE id = ANY(:ids))
+# Also forgets earlier failures of the events, which are handled now, and locks the customers that they are about, those
+# of repeats among them.
+RECORD_EVENTS = text(f"""
+    WITH handled AS (DELETE FROM stripe_event_failures WHERE id = ANY(:ids)), locked AS ({LOCK_CUSTOMERS.text})
     INSERT INTO stripe_events (id, type, account, livemode, api_version, object_id, created, verdict, error)
     SELECT * FROM json_to_recordset(CAST(:rows AS json))
                AS r(id text, type text, account text, livemode boolean, api_version text, object_id text,
@@ -92,7 +94,7 @@ RECORD_EVENTS = text("""
      ORDER BY id
     ON CONFLICT (id) DO NOTHING
     RETURNING id
-""")
+""")  # noqa: S608  a statement of the mirror
 
 # An id that two accounts use for different objects: only ids that people choose, as of products, can be alike.
 NOTE_FOREIGN = text("""
@@ -148,16 +150,10 @@ async def record_events(
     connection: AsyncConnection, events: Sequence[StripeEvent], reference_key: str, rules: AccessRules, now: datetime
 ) -> list[Verdict]:
     """Record events and what they change, in the caller's transaction; one verdict for each event, in order."""
-    translations = {event.id: translate(event.body, reference_key) for event in events}
-    result = await connection.execute(
-        RECORD_EVENTS,
-        {
-            "ids": sorted(translations),
-            "rows": _dump([_event_row(event, translations[event.id]) for event in _first_copies(events)]),
-        },
-    )
-    fresh = set(result.scalars())
-    new = [event for event in _first_copies(events) if event.id in fresh]
+    first_copies = list({event.id: event for event in reversed(events)}.values())
+    translations = {event.id: translate(event.body, reference_key) for event in first_copies}
+    fresh = await _record(connection, first_copies, translations)
+    new = [event for event in first_copies if event.id in fresh]
     changes = [change for event in new if (change := translations[event.id].change) is not None]
     applied = await apply_changes(connection, changes)
     await request_seals(connection, _drafts(new, translations))
@@ -191,8 +187,21 @@ def _named_customers(changes: Iterable[AnyChange]) -> set[str]:
     return named | {change.customer for change in changes if isinstance(change, CheckoutSessionChange)}
 
 
-def _first_copies(events: Sequence[StripeEvent]) -> list[StripeEvent]:
-    return list({event.id: event for event in reversed(events)}.values())
+async def _record(
+    connection: AsyncConnection, events: Iterable[StripeEvent], translations: Mapping[str, Translation]
+) -> set[str]:
+    """Record the events that are not known yet, and lock the customers of all; the ids of those that were recorded."""
+    changes = [change for translation in translations.values() if (change := translation.change) is not None]
+    rows = [_event_row(event, translations[event.id]) for event in events]
+    result = await connection.execute(
+        RECORD_EVENTS,
+        {
+            "ids": list(translations),
+            "rows": msgspec.json.encode(rows).decode(),
+            "customers": rows_to_lock(accounts_of(changes)),
+        },
+    )
+    return set(result.scalars())
 
 
 def _verdict(translation: Translation, *, written: bool) -> Verdict:
@@ -218,10 +227,6 @@ def _event_row(event: StripeEvent, translation: Translation) -> dict[str, object
         "verdict": _verdict(translation, written=True),
         "error": translation.unusable,
     }
-
-
-def _dump(rows: list[dict[str, object]]) -> str:
-    return msgspec.json.encode(rows).decode()
 
 
 def _drafts(events: Sequence[StripeEvent], translations: Mapping[str, Translation]) -> dict[str, str]:
@@ -375,6 +380,5 @@ async def _count_failure(connection: AsyncConnection, event: StripeEvent, error:
     failures: int | None = await connection.scalar(COUNT_FAILURE, values)  # None: the last one is not an hour ago
     if failures is None or failures < FAILURES_BEFORE_QUARANTINE:
         return False
-    row = _event_row(event, Translation(unusable=error))
-    await connection.execute(RECORD_EVENTS, {"ids": [event.id], "rows": _dump([row])})
+    await _record(connection, [event], {event.id: Translation(unusable=error)})
     return True

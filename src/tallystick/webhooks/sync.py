@@ -28,7 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tallystick import db
 from tallystick.access.state import recompute_access
 from tallystick.access.timeline import lines_of, write_timeline
-from tallystick.mirror.apply import apply_changes
+from tallystick.mirror.apply import accounts_of, apply_changes, lock_customers
 from tallystick.mirror.changes import (
     AnyChange,
     CheckoutSessionChange,
@@ -272,6 +272,7 @@ async def apply_listed(
             changes.append(said.change)
         elif said.unusable is not None:
             log.error("object_not_understood", kind=kind, id=str(payload.get("id")))
+    await lock_customers(connection, accounts_of(changes))
     applied = await apply_changes(connection, changes)
     # What was not known before has not changed: an empty mirror that is filled leaves no lines.
     await write_timeline(connection, [line for line in lines_of(applied) if line.old is not None], now)
