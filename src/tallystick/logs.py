@@ -1,9 +1,13 @@
 """Logs: one JSON object a line on standard output, with ids and never with payloads, secrets or URLs of portals."""
 
+import json
 import logging
 import sys
+from collections.abc import Callable
 from traceback import format_tb
+from typing import Any
 
+import msgspec
 import structlog
 
 # More causes than this an error has only when they go round in a circle.
@@ -48,6 +52,13 @@ def _replace_exception(_: object, __: str, line: structlog.typing.EventDict) -> 
     return {**line, "event": str(line["event"]).partition("\n")[0], **describe_error(error)}
 
 
+def _encode(line: structlog.typing.EventDict, default: Callable[[Any], Any]) -> bytes:
+    try:
+        return msgspec.json.encode(line, enc_hook=default)
+    except UnicodeEncodeError:  # half of a character, which has no UTF-8
+        return json.dumps(line, default=default).encode()
+
+
 def configure_logs(level: str) -> None:
     """Send structlog's and the standard library's records to standard output as JSON lines."""
     shared: list[structlog.typing.Processor] = [
@@ -56,7 +67,8 @@ def configure_logs(level: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     structlog.configure(
-        processors=[*shared, _replace_exception, structlog.processors.JSONRenderer()],
+        processors=[*shared, _replace_exception, structlog.processors.JSONRenderer(_encode)],
+        logger_factory=structlog.BytesLoggerFactory(sys.stdout.buffer),
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level]),
         cache_logger_on_first_use=True,
     )

@@ -1,12 +1,12 @@
 """The same change from every shape that Stripe gave its objects, and none from what is no object."""
 
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from tallystick import db
 from tallystick.mirror.changes import CustomerChange, InvoiceChange, SubscriptionChange

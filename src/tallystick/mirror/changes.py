@@ -4,14 +4,14 @@ One class a kind, with exactly the fields that the schema keeps, named as Stripe
 and payloads have no place here.
 """
 
-from dataclasses import dataclass
 from datetime import datetime
+
+import msgspec
 
 from tallystick.mirror.marks import Mark
 
 
-@dataclass(frozen=True, kw_only=True)
-class Change:
+class Change(msgspec.Struct, frozen=True, kw_only=True):
     """What all kinds have. `needs_refresh`: this is not the whole truth; fetch the object.
 
     `account` is the connected account that the object belongs to, or '' for the own one.
@@ -23,8 +23,7 @@ class Change:
     account: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CustomerChange(Change):
+class CustomerChange(Change, frozen=True, kw_only=True):
     """`ref` is the product's own reference, from the customer's metadata."""
 
     ref: str | None
@@ -32,15 +31,13 @@ class CustomerChange(Change):
     default_payment_method: str | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProductChange(Change):
+class ProductChange(Change, frozen=True, kw_only=True):
     """A product: whether it can be bought."""
 
     active: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class PriceChange(Change):
+class PriceChange(Change, frozen=True, kw_only=True):
     """A price and, when it is metered, its meter."""
 
     product: str | None
@@ -51,8 +48,7 @@ class PriceChange(Change):
     lookup_key: str | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Item:
+class Item(msgspec.Struct, frozen=True, kw_only=True):
     """A subscription item. It has no mark: its subscription's mark guards it."""
 
     id: str
@@ -61,8 +57,7 @@ class Item:
     current_period_end: datetime | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class SubscriptionChange(Change):
+class SubscriptionChange(Change, frozen=True, kw_only=True):
     """A subscription with its items. `complete`: there are no others, so what is not listed is gone."""
 
     customer: str
@@ -82,8 +77,7 @@ class SubscriptionChange(Change):
     prices: tuple[PriceChange, ...]  # as embedded in the items: enough until the price itself is seen
 
 
-@dataclass(frozen=True, kw_only=True)
-class InvoiceChange(Change):
+class InvoiceChange(Change, frozen=True, kw_only=True):
     """The payment failures are facts of their own, whichever event has the last word otherwise.
 
     `payment_failed_at` is the last one and `payment_failing_since` the first.
@@ -105,8 +99,7 @@ class InvoiceChange(Change):
     payment_failing_since: datetime | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class PaymentMethodChange(Change):
+class PaymentMethodChange(Change, frozen=True, kw_only=True):
     """A payment method; of the card or account itself nothing is kept. Without a customer it has been detached.
 
     Which one is the default is the customer's to say.
@@ -116,16 +109,14 @@ class PaymentMethodChange(Change):
     type: str | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckoutSessionChange(Change):
+class CheckoutSessionChange(Change, frozen=True, kw_only=True):
     """A completed checkout that tells which customer the product's reference means."""
 
     customer: str
     client_reference_id: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entitlement:
+class Entitlement(msgspec.Struct, frozen=True, kw_only=True):
     """An active entitlement to a feature. It has no mark: its customer's summary guards it."""
 
     id: str
@@ -133,16 +124,14 @@ class Entitlement:
     lookup_key: str | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class EntitlementsChange(Change):
+class EntitlementsChange(Change, frozen=True, kw_only=True):
     """A customer's active entitlements; its id is the customer's. `complete`: there are no others."""
 
     entitlements: tuple[Entitlement, ...]
     complete: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class MeterChange(Change):
+class MeterChange(Change, frozen=True, kw_only=True):
     """A meter: its name, and how usage is told to it."""
 
     event_name: str

@@ -17,8 +17,9 @@ The same order is written twice, for Python (events that wait together) and for 
 test compares the two.
 """
 
-from dataclasses import dataclass
 from datetime import UTC, datetime
+
+import msgspec
 
 CREATED, UPDATED, FINAL = 0, 1, 2
 
@@ -26,8 +27,7 @@ CREATED, UPDATED, FINAL = 0, 1, 2
 NEVER = datetime.min.replace(tzinfo=UTC)
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(msgspec.Struct, frozen=True):
     """Which event says so, and when it was created. The mark of a stub, known only from links to it, is `STUB`."""
 
     deleted: bool

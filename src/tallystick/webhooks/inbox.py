@@ -259,7 +259,7 @@ class Inbox:
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
         self._waiting: deque[_Waiting] = deque()
-        self._arrived = asyncio.Condition()
+        self._arrived = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._open = False
 
@@ -272,9 +272,8 @@ class Inbox:
 
     async def stop(self) -> None:
         """Commit what was taken and take no more. What cannot be committed in time, Stripe sends again."""
-        async with self._arrived:
-            self._open = False
-            self._arrived.notify_all()
+        self._open = False
+        self._arrived.set()
         _, unfinished = await asyncio.wait(self._tasks, timeout=STOP_WITHIN_SECONDS)
         for task in unfinished:
             task.cancel()
@@ -288,20 +287,19 @@ class Inbox:
 
         A caller that goes away changes nothing: the event is committed with its batch.
         """
-        committed: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        if not self._open:
+            raise StorageFailed("The service is stopping.")
+        if len(self._waiting) >= MAX_WAITING:
+            raise Unavailable("Too many events are waiting.", retry_after_seconds=RETRY_AFTER_SECONDS)
+        loop = asyncio.get_running_loop()
+        committed: asyncio.Future[Verdict] = loop.create_future()
+        self._waiting.append(_Waiting(event, committed, perf_counter(), copy_context()))
+        self._arrived.set()
+        too_late = loop.call_later(ANSWER_WITHIN_SECONDS, _give_up, committed)
         try:
-            async with asyncio.timeout(ANSWER_WITHIN_SECONDS):
-                async with self._arrived:
-                    if not self._open:
-                        raise StorageFailed("The service is stopping.")
-                    if len(self._waiting) >= MAX_WAITING:
-                        raise Unavailable("Too many events are waiting.", retry_after_seconds=RETRY_AFTER_SECONDS)
-                    self._waiting.append(_Waiting(event, committed, perf_counter(), copy_context()))
-                    self._arrived.notify()
-                return await committed
-        except TimeoutError:
-            # It may be committed yet: then the repeat is a duplicate.
-            raise StorageFailed("PostgreSQL took too long.") from None
+            return await committed
+        finally:
+            too_late.cancel()
 
     async def _run(self) -> None:
         while batch := await self._take():
@@ -314,9 +312,10 @@ class Inbox:
             await asyncio.sleep(GATHER_SECONDS)
 
     async def _take(self) -> list[_Waiting]:
-        async with self._arrived:
-            await self._arrived.wait_for(lambda: self._waiting or not self._open)
-            return [self._waiting.popleft() for _ in range(min(BATCH_SIZE, len(self._waiting)))]
+        while self._open and not self._waiting:
+            self._arrived.clear()
+            await self._arrived.wait()
+        return [self._waiting.popleft() for _ in range(min(BATCH_SIZE, len(self._waiting)))]
 
     async def _settle(self, batch: list[_Waiting]) -> None:
         try:
@@ -367,6 +366,12 @@ class Inbox:
 def _log_error(about: _Waiting, line: str, **fields: str) -> None:
     """Write a line as the event's own request would: the task that commits is nobody's."""
     about.request.run(log.error, line, event_id=about.event.id, type=about.event.type, **fields)
+
+
+def _give_up(committed: asyncio.Future[Verdict]) -> None:
+    # It may be committed yet: then the repeat is a duplicate.
+    if not committed.done():
+        committed.set_exception(StorageFailed("PostgreSQL took too long."))
 
 
 def _answer(committed: asyncio.Future[Verdict], verdict: Verdict) -> None:

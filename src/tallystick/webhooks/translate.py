@@ -10,9 +10,11 @@ Both places are read. Wherever an id is expected there may be the expanded objec
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
+
+from msgspec.structs import replace
 
 from tallystick.card_numbers import holds_card_number
 from tallystick.mirror.changes import (
@@ -181,7 +183,7 @@ def instant(value: object) -> datetime | None:
 
 def id_of(value: object) -> str | None:
     """An id, given as such or as the expanded object."""
-    return text(value.get("id")) if isinstance(value, Mapping) else text(value)
+    return text(value) if isinstance(value, str) else text(_object(value).get("id"))
 
 
 def is_final(kind: str, payload: Mapping[str, Any]) -> bool:
@@ -389,7 +391,8 @@ def _meter(payload: Mapping[str, Any], mark: Mark) -> MeterChange | None:
 
 
 def _object(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
+    # What a parser makes is a dict, and that is quicker to ask for.
+    return value if isinstance(value, dict) or isinstance(value, Mapping) else {}  # noqa: SIM101
 
 
 def _list(value: object) -> list[Any]:
