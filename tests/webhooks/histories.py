@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 import httpx
+from msgspec.structs import astuple
 
 from tallystick.access.policy import Invoice, Subscription, decide_access
 from tallystick.mirror.changes import SubscriptionChange
@@ -297,7 +298,7 @@ async def _expected(business: Business, kind: str, object_id: str) -> Any:
     assert change is not None
     fields = {name: getattr(change, name) for name in TABLES[type(change)][1] if name not in NOT_AT_STRIPE}
     if isinstance(change, SubscriptionChange):
-        fields["items"] = sorted(tuple(vars(item).values()) for item in change.items)
+        fields["items"] = sorted(astuple(item) for item in change.items)
     return fields
 
 

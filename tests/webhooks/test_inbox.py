@@ -378,14 +378,14 @@ async def test_an_event_that_we_cannot_handle_is_retried_and_then_quarantined(
             await let_an_hour_pass(resources)
             assert (await post(client, bad)).status_code == 500
         assert await read(resources, "SELECT id, failures, error FROM stripe_event_failures") == [
-            {"id": bad["id"], "failures": FAILURES_BEFORE_QUARANTINE - 1, "error": "IntegrityError"}
+            {"id": bad["id"], "failures": FAILURES_BEFORE_QUARANTINE - 1, "error": "CheckViolationError"}
         ]
 
         await let_an_hour_pass(resources)
         last = await post(client, bad)
         assert (last.status_code, last.json()) == (200, {"verdict": "quarantined"})
         assert await read(resources, "SELECT verdict, error FROM stripe_events WHERE id = :id", id=bad["id"]) == [
-            {"verdict": "quarantined", "error": "IntegrityError"}
+            {"verdict": "quarantined", "error": "CheckViolationError"}
         ]
         assert await read(resources, "SELECT * FROM stripe_event_failures") == []
     finally:

@@ -7,8 +7,8 @@ from datetime import datetime
 
 import msgspec
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tallystick import db
 from tallystick.access.policy import Decision, Invoice, Subscription, decide_access, fingerprint
 from tallystick.access.timeline import Cause, Line, write_timeline
 from tallystick.notifications.outbox import announce_changes
@@ -75,7 +75,7 @@ class _Known:
 
 
 async def recompute_access(
-    connection: AsyncConnection,
+    connection: db.Connection,
     decided_by: Mapping[str, str | None],
     rules: AccessRules,
     now: datetime,
@@ -137,7 +137,7 @@ async def recompute_access(
 
 
 async def _decide(
-    connection: AsyncConnection, customers: list[str], named: Collection[str], rules: AccessRules, now: datetime
+    connection: db.Connection, customers: list[str], named: Collection[str], rules: AccessRules, now: datetime
 ) -> tuple[dict[str, _Known], dict[str, Decision], set[str]]:
     """What was known of the customers, what is decided now, and who of `named` has another name than was announced."""
     known: dict[str, _Known] = {}

@@ -12,7 +12,6 @@ from datetime import datetime, timedelta
 from typing import Literal
 
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tallystick import db
 from tallystick.mirror.apply import Applied
@@ -95,7 +94,7 @@ def lines_of(applied: Applied, changes: Iterable[AnyChange] = ()) -> list[Line]:
     return statuses + failures
 
 
-async def write_timeline(connection: AsyncConnection, lines: Sequence[Line], now: datetime) -> None:
+async def write_timeline(connection: db.Connection, lines: Sequence[Line], now: datetime) -> None:
     """Write lines in the caller's transaction, which holds the customers' locks."""
     if lines:
         rows = [asdict(line) | {"number": number} for number, line in enumerate(lines)]

@@ -21,6 +21,7 @@ from msgspec.structs import replace
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tallystick import db
 from tallystick.mirror.changes import (
     AnyChange,
     CheckoutSessionChange,
@@ -75,7 +76,7 @@ class Applied:
     transitions: list[Transition] = field(default_factory=list)
 
 
-async def apply_changes(connection: AsyncConnection, changes: Sequence[AnyChange]) -> Applied:
+async def apply_changes(connection: db.Connection, changes: Sequence[AnyChange]) -> Applied:
     """Write the changes that win over what the mirror holds.
 
     The caller has locked their customers (`accounts_of`), decides these customers' access, and commits. A change that
@@ -118,7 +119,7 @@ def accounts_of(changes: Iterable[AnyChange]) -> dict[str, str]:
     return {customer: change.account for change in changes for customer in _customers_of(change)}
 
 
-async def lock_customers(connection: AsyncConnection, customers: Iterable[str] | Mapping[str, str]) -> None:
+async def lock_customers(connection: db.Connection, customers: Iterable[str] | Mapping[str, str]) -> None:
     """Lock the customers' rows until the transaction ends, in one order for everybody; unknown ones become stubs.
 
     A mapping gives the customers' accounts too; without one they belong to the own account.
@@ -173,7 +174,7 @@ def _status_kind(kind: type[AnyChange]) -> Literal["subscription", "invoice"] | 
     return "subscription" if kind is SubscriptionChange else "invoice" if kind is InvoiceChange else None
 
 
-async def _find_foreign(connection: AsyncConnection, kind: type[AnyChange], changes: Iterable[AnyChange]) -> set[str]:
+async def _find_foreign(connection: db.Connection, kind: type[AnyChange], changes: Iterable[AnyChange]) -> set[str]:
     """The events of connected accounts that are about a row of another account."""
     connected = [change for change in changes if type(change) is kind and change.account]
     if not connected:
@@ -261,7 +262,7 @@ def _children(folded: Iterable[AnyChange], changes: Iterable[AnyChange]) -> dict
     }
 
 
-async def _write_entitlements(connection: AsyncConnection, winners: Iterable[AnyChange]) -> None:
+async def _write_entitlements(connection: db.Connection, winners: Iterable[AnyChange]) -> None:
     """Write the features of the customers whose summaries were written, and take away those that are not listed."""
     written = [change for change in winners if isinstance(change, EntitlementsChange)]
     rows = {
@@ -281,7 +282,7 @@ async def _write_entitlements(connection: AsyncConnection, winners: Iterable[Any
         await connection.execute(DELETE_OTHER_ENTITLEMENTS, {"customers": complete, "listed": sorted(rows)})
 
 
-async def _merge_payment_failures(connection: AsyncConnection, invoices: Iterable[AnyChange]) -> set[str]:
+async def _merge_payment_failures(connection: db.Connection, invoices: Iterable[AnyChange]) -> set[str]:
     rows = [
         {
             "id": change.id,

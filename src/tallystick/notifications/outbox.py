@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tallystick import db
 from tallystick.rules import NotificationType
 
 # Every notification says who it is about: the customer's id, the connected account if it is of one, and `refs`, the
@@ -90,7 +91,7 @@ async def queue_notifications(connection: AsyncConnection, notifications: Sequen
         await connection.execute(QUEUE, {"rows": json.dumps([asdict(notification) for notification in notifications])})
 
 
-async def announce_changes(connection: AsyncConnection, customers: Collection[str]) -> None:
+async def announce_changes(connection: db.Connection, customers: Collection[str]) -> None:
     """Queue what is new about these customers, whose rows the caller has locked: that lock keeps their order."""
     if customers:
         await connection.execute(ANNOUNCE, {"customers": sorted(customers)})

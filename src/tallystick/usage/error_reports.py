@@ -113,7 +113,7 @@ class Sample:
     reason: str
 
 
-async def note_error_reports(connection: AsyncConnection, reports: Sequence[ErrorReport], now: datetime) -> None:
+async def note_error_reports(connection: db.Connection, reports: Sequence[ErrorReport], now: datetime) -> None:
     """Have reports fetched soon; those that are noted already stay as they are. The caller commits."""
     if reports:
         rows = json.dumps([report._asdict() for report in reports])

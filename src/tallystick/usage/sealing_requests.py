@@ -7,7 +7,8 @@ import json
 from collections.abc import Mapping
 
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tallystick import db
 
 # clock_timestamp(), not now(): a request that is repeated while the first is being answered must not look like it.
 REQUEST_SEALS = text("""
@@ -18,7 +19,7 @@ REQUEST_SEALS = text("""
 """)
 
 
-async def request_seals(connection: AsyncConnection, drafts: Mapping[str, str]) -> None:
+async def request_seals(connection: db.Connection, drafts: Mapping[str, str]) -> None:
     """Ask for customers' usage to be sealed; `drafts` maps each customer to its draft invoice. The caller commits."""
     if drafts:
         rows = [{"customer": customer, "invoice": invoice} for customer, invoice in drafts.items()]

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import structlog
+from msgspec import structs
 from sqlalchemy import text
 
 from tallystick import db
@@ -194,7 +195,7 @@ def differences(change: AnyChange | None, row: Mirrored | None) -> tuple[Differe
         for name, here in row.fields.items()
         if here != getattr(change, name)
     ]
-    at_stripe = {child.id: vars(child) for child in _children_of(change)}
+    at_stripe = {child.id: structs.asdict(child) for child in _children_of(change)}
     for id_ in sorted(at_stripe.keys() | row.children.keys()):
         found += _child_differences(id_, row.children.get(id_), at_stripe.get(id_))
     return tuple(found)

@@ -147,7 +147,7 @@ async def receive_webhook(request: Request) -> Response:
 
 
 async def record_events(
-    connection: AsyncConnection, events: Sequence[StripeEvent], reference_key: str, rules: AccessRules, now: datetime
+    connection: db.Connection, events: Sequence[StripeEvent], reference_key: str, rules: AccessRules, now: datetime
 ) -> list[Verdict]:
     """Record events and what they change, in the caller's transaction; one verdict for each event, in order."""
     first_copies = list({event.id: event for event in reversed(events)}.values())
@@ -188,7 +188,7 @@ def _named_customers(changes: Iterable[AnyChange]) -> set[str]:
 
 
 async def _record(
-    connection: AsyncConnection, events: Iterable[StripeEvent], translations: Mapping[str, Translation]
+    connection: db.Connection, events: Iterable[StripeEvent], translations: Mapping[str, Translation]
 ) -> set[str]:
     """Record the events that are not known yet, and lock the customers of all; the ids of those that were recorded."""
     changes = [change for translation in translations.values() if (change := translation.change) is not None]
@@ -339,7 +339,8 @@ class Inbox:
         reference_key = self._resources.settings.customer_reference_key
         rules = self._resources.rules.current(datetime.now(UTC)).access
         with tracing.span("webhook batch", events=len(events)):
-            async with asyncio.timeout(COMMIT_WITHIN_SECONDS), db.transaction(self._resources.engine) as connection:
+            engine = self._resources.engine
+            async with asyncio.timeout(COMMIT_WITHIN_SECONDS), db.direct_transaction(engine) as connection:
                 return await record_events(connection, events, reference_key, rules, datetime.now(UTC))
 
     async def _settle_failed(self, one: _Waiting, error: Exception) -> None:

@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping
 
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tallystick import db
 from tallystick.mirror.changes import AnyChange
 from tallystick.mirror.statements import TABLES
 
@@ -23,7 +23,7 @@ NOTE_STALE = text(f"""
 """)  # noqa: S608  names from the mirror's table of tables
 
 
-async def note_stale(connection: AsyncConnection, changes: Mapping[str, AnyChange]) -> None:
+async def note_stale(connection: db.Connection, changes: Mapping[str, AnyChange]) -> None:
     """Give the recorded events, by their ids and the changes that they did not make, the verdict `stale`."""
     rows = [
         {"event": event, "kind": TABLES[type(change)][0], "object": change.id}

@@ -1,0 +1,85 @@
+"""Transactions without SQLAlchemy's layers: they are whole or not at all, whatever ends them."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import asyncpg
+import pytest
+from sqlalchemy import text
+
+from tallystick import db
+from tallystick.resources import Resources
+from tests.webhooks.stripe_events import read
+
+INSERT = text("INSERT INTO customers (id, ref) VALUES (:id, :ref)")
+FIND = text("SELECT id, ref FROM customers WHERE ref = :ref OR id = :id OR id = :ref ORDER BY id")
+SLEEP = text("SELECT pg_sleep(:seconds)")
+
+
+async def customers(resources: Resources) -> list[str]:
+    return [row["id"] for row in await read(resources, "SELECT id FROM customers ORDER BY id")]
+
+
+async def insert(resources: Resources, *ids: str, then: Exception | None = None, sleep: float = 0) -> None:
+    """Insert customers in one direct transaction, sleep there, and raise what is given."""
+    async with db.direct_transaction(resources.engine) as connection:
+        for id_ in ids:
+            await connection.execute(INSERT, {"id": id_, "ref": "acme"})
+        if sleep:
+            await connection.execute(SLEEP, {"seconds": sleep})
+        if then is not None:
+            raise then
+
+
+@pytest.fixture(autouse=True)
+async def one_connection(resources: Resources) -> AsyncIterator[None]:
+    """Whatever is left behind is found by the next one."""
+    await resources.engine.dispose()
+    yield
+    assert resources.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+
+
+async def test_it_is_committed_and_gives_rows_with_attributes(resources: Resources) -> None:
+    async with db.direct_transaction(resources.engine) as connection:
+        await connection.execute(INSERT, {"id": "cus_1", "ref": "acme"})
+        found = await connection.execute(FIND, {"ref": "acme", "id": "cus_2"})
+    assert [(row.id, row.ref) for row in found] == [("cus_1", "acme")]
+    assert (found.scalars(), [tuple(row) for row in found.all()]) == (["cus_1"], [("cus_1", "acme")])
+    assert await customers(resources) == ["cus_1"]
+
+
+async def test_an_error_takes_all_of_it_back(resources: Resources) -> None:
+    with pytest.raises(KeyError):
+        await insert(resources, "cus_1", then=KeyError())
+    with pytest.raises(asyncpg.UniqueViolationError):
+        await insert(resources, "cus_1", "cus_1")
+    assert await customers(resources) == []
+
+
+async def test_one_that_failed_unnoticed_is_not_taken_for_committed(resources: Resources) -> None:
+    async def fail_unnoticed() -> None:
+        async with db.direct_transaction(resources.engine) as connection:
+            await connection.execute(INSERT, {"id": "cus_1", "ref": "acme"})
+            with pytest.raises(asyncpg.UniqueViolationError):
+                await connection.execute(INSERT, {"id": "cus_1", "ref": "acme"})
+
+    with pytest.raises(ConnectionError) as refused:
+        await fail_unnoticed()
+    assert db.is_storage_failure(refused.value)
+    assert await customers(resources) == []
+
+
+@pytest.mark.parametrize("kind", [db.direct_transaction, db.transaction])
+async def test_after_one_that_was_cancelled_the_next_is_whole(resources: Resources, kind: type) -> None:
+    """The connection of the first is not used again: it may be in a transaction that nobody would commit."""
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(insert(resources, "cus_1", sleep=5), 0.05)
+    async with kind(resources.engine) as connection:
+        await connection.execute(INSERT, {"id": "cus_2", "ref": "acme"})
+    assert await customers(resources) == ["cus_2"]
+
+
+async def test_a_value_of_the_wrong_type_says_nothing_against_postgresql(resources: Resources) -> None:
+    with pytest.raises(asyncpg.DataError) as wrong:
+        await insert(resources, sleep="long")  # type: ignore[arg-type]  # on purpose
+    assert not db.is_storage_failure(wrong.value)
