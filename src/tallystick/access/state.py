@@ -14,7 +14,8 @@ from tallystick.access.timeline import Cause, Line, write_timeline
 from tallystick.notifications.outbox import announce_changes
 from tallystick.rules import AccessRules
 
-# A row for each subscription, with its latest invoice. Of the customer's other invoices (a customer of many years has
+# A row for each subscription, with its latest invoice. (OFFSET 0: customer by customer, by index, whatever statistics
+# say.) Of the customer's other invoices (a customer of many years has
 # many that were simply paid) only those on which something is owed: seldom any, and then as JSON.
 FIND_STATES = text("""
     SELECT c.id AS customer, c.deleted,
@@ -33,7 +34,7 @@ FIND_STATES = text("""
                     OR o.status = 'open' AND o.due_date <= :now)) AS owing
       FROM customers c
       LEFT JOIN customer_access a ON a.customer = c.id
-      LEFT JOIN subscriptions s ON s.customer = c.id AND NOT s.deleted
+      LEFT JOIN LATERAL (SELECT * FROM subscriptions s WHERE s.customer = c.id AND NOT s.deleted OFFSET 0) s ON true
       LEFT JOIN LATERAL (
           SELECT array_agg(i.price) FILTER (WHERE i.price IS NOT NULL) AS prices,
                  max(i.current_period_start) AS current_period_start
