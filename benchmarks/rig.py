@@ -29,6 +29,8 @@ METER = "benchmark_calls"
 # As for a machine with a few gigabytes to spare (docs/operations.md#sizing): the keys of the day that is being written
 # fit into memory, and checkpoints are minutes apart. PostgreSQL's own defaults are for the smallest machines.
 POSTGRES_SETTINGS = {"shared_buffers": "1GB", "max_wal_size": "8GB"}
+# By Valkey's default of 64 MB it would write its append-only file anew every few seconds.
+VALKEY_SETTINGS = {"auto-aof-rewrite-min-size": "512mb"}
 BARE = "bare server"
 
 COUNT_EVENTS = text("SELECT count(*), coalesce(sum(value), 0) FROM usage_events WHERE source = :source")
@@ -142,7 +144,12 @@ async def open_rig(
         ports = {"api": 0, "fake-stripe": 0}
         async with (
             open_stack(
-                Path(folder), ports=ports, console=console, embedded_only=True, postgres_settings=POSTGRES_SETTINGS
+                Path(folder),
+                ports=ports,
+                console=console,
+                embedded_only=True,
+                postgres_settings=POSTGRES_SETTINGS,
+                valkey_settings=VALKEY_SETTINGS,
             ) as stack,
             open_resources(stack.settings(), application_name="benchmarks") as resources,
         ):

@@ -10,9 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 from tallystick.dev.server_process import (
     ENVIRONMENT,
@@ -58,13 +56,6 @@ class EmbeddedPostgres(ServerProcess):
 
     name = "PostgreSQL"
     stop_signal = signal.SIGINT  # 'fast shutdown': cuts the connections, writes everything out
-
-    def __init__(
-        self, data_dir: Path, port: int = 0, *, durable: bool = True, settings: Mapping[str, str] = MappingProxyType({})
-    ) -> None:
-        """As every embedded server; `settings` of PostgreSQL's own come on top of those here."""
-        super().__init__(data_dir, port, durable=durable)
-        self.settings = settings
 
     @property
     def url(self) -> str:
@@ -197,6 +188,7 @@ class EmbeddedValkey(ServerProcess):
             "port": str(self.port),
             "dir": str(self.data_dir),
             "appendfsync": "always" if self.durable else "no",
+            **self.settings,
         }
         return [str(self._binaries[0]), *(word for name, value in settings.items() for word in (f"--{name}", value))]
 

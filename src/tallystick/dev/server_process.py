@@ -13,9 +13,10 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, NamedTuple
 
 from tallystick.dev import keeper
@@ -68,15 +69,19 @@ class ServerProcess(ABC):
     name: str
     stop_signal: signal.Signals
 
-    def __init__(self, data_dir: Path, port: int = 0, *, durable: bool = True) -> None:
+    def __init__(
+        self, data_dir: Path, port: int = 0, *, durable: bool = True, settings: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         """Describe the server; nothing happens before `start()`.
 
         `port` 0 means a free one, chosen at the first start and kept from then on. Without `durable` a crash of the
-        machine (not one of the server) may lose data: for tests that do not care.
+        machine (not one of the server) may lose data: for tests that do not care. `settings` of the server's own come
+        on top of those here.
         """
         self.data_dir = data_dir.absolute()
         self.port = port
         self.durable = durable
+        self.settings = settings
         self.log_file = self._beside("log")
         self.pid: int | None = None
         self._port_is_ours_to_choose = port == 0

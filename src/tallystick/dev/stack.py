@@ -147,12 +147,13 @@ async def open_stack(
     console: Console,
     embedded_only: bool = False,
     postgres_settings: Mapping[str, str] = MappingProxyType({}),
+    valkey_settings: Mapping[str, str] = MappingProxyType({}),
 ) -> AsyncIterator[Stack]:
     """Start every part, in order; stop them all, in the opposite order, whatever happens in between.
 
     `ports`: `api` and `fake-stripe`; 0 chooses a free one. What the environment already names (DATABASE_URL, REDIS_URL,
-    STRIPE_API_KEY) is used instead of an embedded part, unless `embedded_only`. `postgres_settings` are PostgreSQL's
-    own, for the embedded one.
+    STRIPE_API_KEY) is used instead of an embedded part, unless `embedded_only`. `postgres_settings` and
+    `valkey_settings` are those servers' own, for the embedded ones.
     """
     given = {} if embedded_only else dict(os.environ)
     (data / "logs").mkdir(parents=True, exist_ok=True)
@@ -165,7 +166,7 @@ async def open_stack(
         stack = Stack(data, environment, None, None)
         parts.callback(stack.settings_file.unlink, missing_ok=True)
         with console.status("starting PostgreSQL and Valkey"):
-            await _start_stores(stack, parts, given, postgres_settings)
+            await _start_stores(stack, parts, given, postgres_settings, valkey_settings)
         parts.push_async_callback(stack.stop_processes)
         if given.get("STRIPE_API_KEY"):
             environment |= {name: given[name] for name in given if name.startswith("STRIPE_")}
@@ -256,7 +257,11 @@ async def settle(stack: Stack) -> None:
 
 
 async def _start_stores(
-    stack: Stack, parts: AsyncExitStack, given: Mapping[str, str], postgres_settings: Mapping[str, str]
+    stack: Stack,
+    parts: AsyncExitStack,
+    given: Mapping[str, str],
+    postgres_settings: Mapping[str, str],
+    valkey_settings: Mapping[str, str],
 ) -> None:
     starts = []
     if database_url := given.get("DATABASE_URL"):
@@ -268,7 +273,7 @@ async def _start_stores(
     if redis_url := given.get("REDIS_URL"):
         stack.environment["REDIS_URL"] = redis_url
     else:
-        stack.valkey = EmbeddedValkey(stack.data / "valkey")
+        stack.valkey = EmbeddedValkey(stack.data / "valkey", settings=valkey_settings)
         parts.push_async_callback(asyncio.to_thread, stack.valkey.stop)
         starts.append(asyncio.to_thread(stack.valkey.start))
     await asyncio.gather(*starts)
