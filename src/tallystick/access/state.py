@@ -39,8 +39,8 @@ FIND_STATES = text("""
           SELECT array_agg(i.price) FILTER (WHERE i.price IS NOT NULL) AS prices,
                  max(i.current_period_start) AS current_period_start
             FROM subscription_items i WHERE i.subscription = s.id AND NOT i.deleted) i ON true
-      LEFT JOIN invoices l
-             ON l.id = s.latest_invoice AND l.subscription = s.id AND l.customer = c.id AND NOT l.deleted
+      LEFT JOIN LATERAL (SELECT * FROM invoices l WHERE l.id = s.latest_invoice OFFSET 0) l
+             ON l.subscription = s.id AND l.customer = c.id AND NOT l.deleted
      WHERE c.id = ANY(:customers)
 """)
 

@@ -102,7 +102,8 @@ async def apply_changes(connection: db.Connection, changes: Sequence[AnyChange])
         losers = [change for change in folded[kind] if change.id not in written[table]]
         applied.transitions += _transitions(winners, written[table])
         if losers:
-            await connection.execute(NOTE_TIES[kind], {"rows": parameters[table]})
+            ids = [change.id for change in losers]
+            await connection.execute(NOTE_TIES[kind], {"ids": ids, "rows": _rows(losers)})
         applied.foreign |= await _find_foreign(connection, kind, changes)
         if kind is EntitlementsChange:
             await _write_entitlements(connection, winners)
@@ -283,7 +284,7 @@ async def _write_entitlements(connection: db.Connection, winners: Iterable[AnyCh
 
 
 async def _merge_payment_failures(connection: db.Connection, invoices: Iterable[AnyChange]) -> set[str]:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "id": change.id,
             "payment_failed_at": change.payment_failed_at,
@@ -294,7 +295,8 @@ async def _merge_payment_failures(connection: db.Connection, invoices: Iterable[
     ]
     if not rows:
         return set()
-    return set((await connection.execute(MERGE_PAYMENT_FAILURES, {"rows": _dump(rows)})).scalars())
+    parameters = {"ids": [row["id"] for row in rows], "rows": _dump(rows)}
+    return set((await connection.execute(MERGE_PAYMENT_FAILURES, parameters)).scalars())
 
 
 def _periods_of(changes: Iterable[AnyChange]) -> list[dict[str, Any]]:

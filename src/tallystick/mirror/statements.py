@@ -172,7 +172,7 @@ MERGE_PAYMENT_FAILURES = text("""
            payment_failing_since = least(t.payment_failing_since, w.payment_failing_since)
       FROM json_to_recordset(CAST(:rows AS json))
         AS w(id text, payment_failed_at timestamptz, payment_failing_since timestamptz)
-     WHERE t.id = w.id
+     WHERE t.id = ANY(:ids) AND t.id = w.id
        AND (coalesce(t.payment_failed_at < w.payment_failed_at, true)
             OR coalesce(t.payment_failing_since > w.payment_failing_since, true))
     RETURNING t.id
@@ -259,7 +259,7 @@ def _tie_statement(kind: type[AnyChange]) -> TextClause:
     return text(f"""
         UPDATE {table} t SET needs_refresh = true, refresh_after = '-infinity', updated_at = now()
           FROM json_to_recordset(CAST(:rows AS json)) AS w({_recordset(columns)})
-         WHERE t.id = w.id AND t.account = w.account AND {ties_with("w", "t")}
+         WHERE t.id = ANY(:ids) AND t.id = w.id AND t.account = w.account AND {ties_with("w", "t")}
     """)  # noqa: S608  names from the tables above
 
 

@@ -29,17 +29,16 @@ QUEUE = text("""
      ORDER BY r.position
 """)
 
-# The parts of one statement all see the tables as they were before it, so `before` is what was announced until now.
-# Causes are numbered before their effect on access. A payment that failed on an invoice that is paid by now is no news.
+# The parts of one statement all see the tables as they were before it, so `b` is what was announced until now. Causes
+# are numbered before their effect on access. A payment that failed on an invoice that is paid by now is no news.
+# (OFFSET 0: names are looked up customer by customer, whatever statistics say.)
 ANNOUNCE = text("""
     WITH subscriptions_changed AS (
-        UPDATE subscriptions s SET announced_status = s.status
-          FROM (SELECT id, announced_status FROM subscriptions
-                 WHERE customer = ANY(:customers) AND status IS DISTINCT FROM announced_status) before
-         WHERE s.id = before.id
-        RETURNING 1 AS position, 'subscription.changed' AS type, s.customer, s.id AS subject,
-                  jsonb_build_object('subscription', s.id, 'status', s.status,
-                                     'previous_status', before.announced_status) AS data
+        UPDATE subscriptions s SET announced_status = status
+         WHERE customer = ANY(:customers) AND status IS DISTINCT FROM announced_status
+        RETURNING 1 AS position, 'subscription.changed' AS type, customer, id AS subject,
+                  jsonb_build_object('subscription', id, 'status', status, 'previous_status',
+                                     (SELECT b.announced_status FROM subscriptions b WHERE b.id = s.id)) AS data
     ), payments_failed AS (
         UPDATE invoices i SET announced_failure_at = payment_failed_at
          WHERE customer = ANY(:customers) AND payment_failed_at IS DISTINCT FROM announced_failure_at
@@ -51,19 +50,18 @@ ANNOUNCE = text("""
     ), access_changed AS (
         UPDATE customer_access a
            SET announced_access = a.access, announced_reason = a.reason, announced_prices = a.prices,
-               announced_until = a.until, announced_refs = before.refs
-          FROM (SELECT a.customer, a.announced_access, a.announced_reason, n.refs
-                  FROM customer_access a JOIN customer_names n ON n.customer = a.customer
-                 WHERE a.customer = ANY(:customers)
-                   AND (a.access, a.reason, a.prices, a.until, n.refs) IS DISTINCT FROM
-                       (a.announced_access, a.announced_reason, a.announced_prices, a.announced_until,
-                        a.announced_refs)) before
-         WHERE a.customer = before.customer
+               announced_until = a.until, announced_refs = n.refs
+          FROM unnest(CAST(:customers AS text[])) AS k(customer)
+         CROSS JOIN LATERAL (SELECT refs FROM customer_names WHERE customer = k.customer OFFSET 0) n
+         WHERE a.customer = k.customer
+           AND (a.access, a.reason, a.prices, a.until, n.refs) IS DISTINCT FROM
+               (a.announced_access, a.announced_reason, a.announced_prices, a.announced_until, a.announced_refs)
         RETURNING 3 AS position, 'access.changed' AS type, a.customer, a.customer AS subject,
-                  jsonb_build_object('access', a.access, 'reason', a.reason, 'since', a.since, 'until', a.until,
-                                     'decided_by', a.decided_by, 'prices', a.prices,
-                                     'previous_access', before.announced_access,
-                                     'previous_reason', before.announced_reason) AS data
+                  (SELECT jsonb_build_object('access', a.access, 'reason', a.reason, 'since', a.since, 'until', a.until,
+                                             'decided_by', a.decided_by, 'prices', a.prices,
+                                             'previous_access', b.announced_access,
+                                             'previous_reason', b.announced_reason)
+                     FROM customer_access b WHERE b.customer = a.customer) AS data
     )
     INSERT INTO notifications (type, customer, subject, data)
     SELECT c.type, c.customer, c.subject,
@@ -71,7 +69,7 @@ ANNOUNCE = text("""
       FROM (SELECT * FROM subscriptions_changed UNION ALL
             SELECT * FROM payments_failed UNION ALL
             SELECT * FROM access_changed) c
-      JOIN customer_names n ON n.customer = c.customer
+     CROSS JOIN LATERAL (SELECT account, refs FROM customer_names WHERE customer = c.customer OFFSET 0) n
      ORDER BY c.customer, c.position, c.subject
 """)
 

@@ -62,7 +62,7 @@ MAX_BODY_BYTES = 1024 * 1024
 
 # More in one transaction would make the first of them wait longer without making the rest much cheaper.
 BATCH_SIZE = 64
-# A batch costs a dozen round trips to PostgreSQL, however many events it has; what comes meanwhile goes together in the
+# A batch costs five round trips to PostgreSQL, however many events it has; what comes meanwhile goes together in the
 # next. While one waits for PostgreSQL, the other is made ready: they lock their customers in one order, and a third
 # would only make all of them smaller.
 BATCHES_AT_ONCE = 2

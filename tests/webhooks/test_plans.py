@@ -1,0 +1,72 @@
+"""What a webhook costs PostgreSQL does not grow with the number of customers, whatever its statistics say."""
+
+from datetime import UTC, datetime
+
+import pytest
+from sqlalchemy import text
+
+from tallystick import db
+from tallystick.resources import Resources
+from tallystick.rules import AccessRules
+from tallystick.webhooks.inbox import record_events
+from tests.webhooks.stripe_events import customer, event, invoice, item, subscription, verified
+
+OTHERS = 1_000
+FILL = """
+    INSERT INTO customers (id, ref) SELECT 'cus_' || n, 'ref' || n FROM generate_series(1, {others}) n;
+    INSERT INTO subscriptions (id, customer, status, announced_status)
+    SELECT 'sub_' || n, 'cus_' || n, 'active', 'active' FROM generate_series(1, {others}) n;
+    INSERT INTO subscription_items (id, subscription, price)
+    SELECT 'si_' || n, 'sub_' || n, 'price_1' FROM generate_series(1, {others}) n;
+    INSERT INTO invoices (id, customer, subscription, status)
+    SELECT 'in_' || n, 'cus_' || n, 'sub_' || n, 'paid' FROM generate_series(1, {others}) n;
+    INSERT INTO customer_access (customer, access, reason, since, prices, rules)
+    SELECT 'cus_' || n, 'active', 'subscription_active', now(), '{{}}', '' FROM generate_series(1, {others}) n;
+    INSERT INTO period_boundaries (customer, at) SELECT 'cus_' || n, now() FROM generate_series(1, {others}) n;
+    INSERT INTO billing_periods (item, price, period_start, period_end, subscription, customer)
+    SELECT 'si_' || n, 'price_1', now(), now() + interval '1 day', 'sub_' || n, 'cus_' || n
+      FROM generate_series(1, {others}) n
+"""
+# Rows that this connection has read one after the other, table by table.
+READ_THROUGH = text("SELECT relname AS table, seq_tup_read AS rows FROM pg_stat_xact_user_tables")
+
+
+async def count_read_through(connection: db.Connection) -> dict[str, int]:
+    return {row.table: row.rows for row in await connection.execute(READ_THROUGH, {})}
+
+
+@pytest.mark.parametrize("analyzed", [False, True], ids=["never analyzed", "analyzed"])
+@pytest.mark.parametrize("mode", ["force_generic_plan", "force_custom_plan"])
+async def test_no_table_is_read_through_for_a_few_customers(resources: Resources, analyzed: bool, mode: str) -> None:
+    async with db.transaction(resources.engine) as connection:
+        for statement in FILL.split(";"):
+            await connection.exec_driver_sql(statement.format(others=OTHERS))
+        if analyzed:
+            await connection.exec_driver_sql("ANALYZE")
+    owing = invoice("in_9", "open", customer="cus_9", of="sub_9")
+    new = [
+        event("customer.updated", customer("cus_7", metadata={"tallystick_ref": "ref7"}), at=5),
+        event(
+            "customer.subscription.updated",
+            subscription("sub_8", "past_due", customer="cus_8", items=[item("si_8")]),
+            at=5,
+        ),
+        event("invoice.updated", owing, at=5),
+    ]
+    late = [
+        event("customer.updated", customer("cus_7"), at=5),  # a tie
+        event("customer.subscription.updated", subscription("sub_8", customer="cus_8"), at=4),
+        event("invoice.payment_failed", owing, at=4),
+    ]
+    rules, now = AccessRules(), datetime.now(UTC)
+    async with db.direct_transaction(resources.engine) as direct:
+        await direct.execute(text(f"SET LOCAL plan_cache_mode = {mode}"), {})
+        before = await count_read_through(direct)
+        verdicts = [
+            await record_events(direct, [verified(resources, one) for one in batch], "tallystick_ref", rules, now)
+            for batch in (new, late)
+        ]
+        after = await count_read_through(direct)
+    assert verdicts[0] == ["applied"] * 3
+    assert "stale" in verdicts[1]
+    assert {table: rows for table, rows in after.items() if rows - before.get(table, 0) >= OTHERS} == {}
