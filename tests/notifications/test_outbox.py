@@ -18,7 +18,7 @@ from tallystick.usage.ledger import record_events
 from tallystick.usage.sealing import seal_everything
 from tests.conftest import FakeStripe
 from tests.usage.making import CUSTOMER, METER, REF, last_hour, make_customer, make_event, make_meter
-from tests.webhooks.stripe_events import NOON, customer, deliver, event, invoice, read, subscription
+from tests.webhooks.stripe_events import NOON, customer, deliver, event, invoice, item, read, subscription
 
 
 async def told(resources: Resources) -> list[tuple[str, dict[str, Any]]]:
@@ -123,6 +123,16 @@ async def test_a_failure_that_comes_after_its_payment_is_no_news(
     failed = event("invoice.payment_failed", invoice(), at=10)
     await deliver(client, of_sub(0, "active", latest_invoice="in_1"), paid, failed)
     assert "invoice.payment_failed" not in await types(resources)
+
+
+async def test_another_price_is_told_though_no_status_changed(client: httpx.AsyncClient, resources: Resources) -> None:
+    await deliver(client, of_sub(0, "active"))
+    before = len(await told(resources))
+    await deliver(client, of_sub(5, "active", items=[item("si_1", "price_2")]))
+    [(type_, data)] = (await told(resources))[before:]
+    assert (type_, data["access"], data["prices"]) == ("access.changed", "active", ["price_2"])
+    await deliver(client, of_sub(6, "active", items=[item("si_1", "price_2")]))
+    assert len(await told(resources)) == before + 1
 
 
 async def test_a_name_that_is_learnt_late_is_told(client: httpx.AsyncClient, resources: Resources) -> None:

@@ -80,6 +80,25 @@ async def test_late_older_event_with_another_item_set(client: httpx.AsyncClient,
     assert (await read_access(client))[2] == ["price_new"]
 
 
+async def test_an_item_that_was_taken_away_comes_back_as_it_was(
+    client: httpx.AsyncClient, resources: Resources
+) -> None:
+    both, one = [item("si_1"), item("si_2", "price_2")], [item("si_1")]
+    for at, items in enumerate((both, one, both)):
+        await deliver(client, event("customer.subscription.updated", subscription(items=items), at=at))
+    assert (await read_access(client))[2] == ["price_1", "price_2"]
+    rows = await read(resources, "SELECT id, deleted FROM subscription_items ORDER BY id")
+    assert rows == [{"id": "si_1", "deleted": False}, {"id": "si_2", "deleted": False}]
+
+
+async def test_a_popular_price_that_somebody_has_locked(client: httpx.AsyncClient, resources: Resources) -> None:
+    """It is in every subscription: none of them may wait for its row."""
+    await deliver(client, event("price.created", price()))
+    async with db.transaction(resources.engine) as other:
+        await other.execute(text("SELECT FROM prices FOR UPDATE"))
+        assert await deliver(client, event("customer.subscription.created", subscription())) == ["applied"]
+
+
 @pytest.mark.parametrize("seconds_later", [-1, 0, 60])
 async def test_update_that_arrives_after_a_deletion(
     client: httpx.AsyncClient, resources: Resources, seconds_later: int
