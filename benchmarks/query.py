@@ -29,7 +29,11 @@ FILL = text("""
 
 
 async def measure_query(rig: Rig) -> Report:
-    """A month by day for one customer, one request after the other, at each number of customers; no yardstick."""
+    """A month by day for one customer, one request after the other, at each number of customers; no yardstick.
+
+    Each question is asked twice. The first time its twenty pages may come from the disk, which says how much memory the
+    machine has; the second time they are in memory, whatever the number of customers.
+    """
     run = f"query-{secrets.token_hex(3)}"
     headers = await rig.make_headers(run)
     end = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
@@ -45,7 +49,8 @@ async def measure_query(rig: Rig) -> Report:
             filled = last
             rig.bars.update(bar, completed=filled)
         await rig.fill(text("ANALYZE usage_totals"))
-        side = Side(f"{customers:,} customers, {customers * DAYS_OF_A_YEAR * 24:,} totals", "answers/s")
+        name = f"{customers:,} customers, {customers * DAYS_OF_A_YEAR * 24:,} totals"
+        first, again = Side(name, "answers/s"), Side(f"{name}, asked again", "answers/s")
         for turn in range(rig.rounds + 1):
             asked = [random.randrange(customers) for _ in range(max(2, int(rig.seconds * QUESTIONS_PER_SECOND)))]
             requests = [make_request("GET", _question(run, customer, end), b"", headers) for customer in asked]
@@ -53,24 +58,25 @@ async def measure_query(rig: Rig) -> Report:
             def check(index: int, status: int, body: bytes, asked: list[int] = asked) -> None:
                 _expect_month(asked[index], status, body)
 
-            async with rig.measured(side if turn else Side("warming up", "")):
-                result = await put_load(rig.api_port, requests, connections=1, check=check)
-            answers += len(asked)
-            if turn:
-                side.rates.append(result.per_second)
-                side.latencies += result.latencies
-        sides.append(side)
-    first, last_side = sides[0].percentile_ms(50), sides[-1].percentile_ms(50)
+            for side in (first, again):
+                async with rig.measured(side if turn else Side("warming up", "")):
+                    result = await put_load(rig.api_port, requests, connections=1, check=check)
+                answers += len(asked)
+                if turn:
+                    side.rates.append(result.per_second)
+                    side.latencies += result.latencies
+        sides += [first, again]
+    smallest, largest = sides[1].percentile_ms(50), sides[-1].percentile_ms(50)
     return Report(
         "query",
         sides,
         None,
         [
-            below(20, sides[-1].percentile_ms(99), "ms for 99 % at the last size"),
+            below(20, sides[-2].percentile_ms(99), "ms for 99 % at the last size, asked for the first time"),
             Target(
-                "as quick at the last size as at the first, within a quarter",
-                f"{last_side / first:.2f} times",
-                reached=last_side < 1.25 * first,
+                "as quick at the last size as at the first when asked again, within a quarter",
+                f"{largest / smallest:.2f} times",
+                reached=largest < 1.25 * smallest,
             ),
         ],
         f"{answers:,} answers, each with {DAYS_ASKED} days and the right sum of each day",

@@ -31,6 +31,9 @@ STATEMENT_TIMEOUT_MS = 5_000
 COMMAND_TIMEOUT_SECONDS = 7
 IDLE_IN_TRANSACTION_TIMEOUT_MS = 30_000
 
+# The driver prepares longer statements anew each time. The one that writes all kinds of the mirror has 19,000 characters.
+MAX_PREPARED_BYTES = 64 * 1024
+
 # A network that drops connections without a word, as firewalls do with idle ones, takes longer than this.
 TRUSTED_FOR_SECONDS = 30
 # A migration may make an index over the whole ledger.
@@ -53,6 +56,7 @@ def create_engine(settings: Settings, *, application_name: str) -> AsyncEngine:
             "async_creator_fn": _connect,
             "timeout": CONNECT_TIMEOUT_SECONDS,
             "command_timeout": COMMAND_TIMEOUT_SECONDS,
+            "max_cacheable_statement_size": MAX_PREPARED_BYTES,
             "server_settings": {
                 "application_name": application_name,
                 "timezone": "UTC",

@@ -6,6 +6,7 @@ import pytest
 from sqlalchemy import text
 
 from tallystick import db
+from tallystick.mirror.statements import TABLES, write_statement
 from tallystick.resources import Resources
 from tallystick.rules import AccessRules
 from tallystick.webhooks.inbox import record_events
@@ -70,3 +71,13 @@ async def test_no_table_is_read_through_for_a_few_customers(resources: Resources
     assert verdicts[0] == ["applied"] * 3
     assert "stale" in verdicts[1]
     assert {table: rows for table, rows in after.items() if rows - before.get(table, 0) >= OTHERS} == {}
+
+
+async def test_the_longest_statement_is_prepared_once(resources: Resources) -> None:
+    sql, _ = db._number(write_statement(tuple(TABLES)))
+    async with db.direct_transaction(resources.engine) as direct:
+        empty = {table: "[]" for table, _ in TABLES.values()}
+        children = {"items": "[]", "complete": [], "periods": "[]", "boundaries": "[]"}
+        await direct.execute(write_statement(tuple(TABLES)), empty | children)
+        prepared = await direct.execute(text("SELECT statement FROM pg_prepared_statements"), {})
+    assert sql in prepared.scalars()
