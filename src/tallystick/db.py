@@ -31,7 +31,7 @@ STATEMENT_TIMEOUT_MS = 5_000
 COMMAND_TIMEOUT_SECONDS = 7
 IDLE_IN_TRANSACTION_TIMEOUT_MS = 30_000
 
-# The driver prepares longer statements anew each time. The one that writes all kinds of the mirror has 19,000 characters.
+# The driver prepares longer statements anew each time. That which writes all kinds of the mirror has 19,000 characters.
 MAX_PREPARED_BYTES = 64 * 1024
 
 # A network that drops connections without a word, as firewalls do with idle ones, takes longer than this.
