@@ -14,6 +14,7 @@ from tests.webhooks.stripe_events import customer, event, invoice, item, subscri
 
 OTHERS = 1_000
 FILL = """
+    INSERT INTO prices (id) SELECT 'price_' || n FROM generate_series(1, {others}) n;
     INSERT INTO customers (id, ref) SELECT 'cus_' || n, 'ref' || n FROM generate_series(1, {others}) n;
     INSERT INTO subscriptions (id, customer, status, announced_status)
     SELECT 'sub_' || n, 'cus_' || n, 'active', 'active' FROM generate_series(1, {others}) n;

@@ -14,9 +14,9 @@ from tallystick.access.timeline import Cause, Line, write_timeline
 from tallystick.notifications.outbox import announce_changes
 from tallystick.rules import AccessRules
 
-# A row for each subscription, with its latest invoice. (OFFSET 0: customer by customer, by index, whatever statistics
-# say.) Of the customer's other invoices (a customer of many years has
-# many that were simply paid) only those on which something is owed: seldom any, and then as JSON.
+# A row for each subscription, with its latest invoice. Of the customer's other invoices (a customer of many years has
+# many that were simply paid) only those on which something is owed: seldom any, and then as JSON. (OFFSET 0: looked up
+# customer by customer, whatever statistics say.)
 FIND_STATES = text("""
     SELECT c.id AS customer, c.deleted,
            c.id = ANY(:named) AND (SELECT n.refs FROM customer_names n WHERE n.customer = c.id)

@@ -120,8 +120,9 @@ DELETE_OTHER_ENTITLEMENTS = text("""
 """)
 
 # Of the prices that are known as parts of items only, those that the mirror does not have yet. Looked up without a
-# lock: a popular price is in every subscription, and all transactions would wait for its row.
-NO_KNOWN_STUB = "(w.mark_created > '-infinity' OR NOT EXISTS (SELECT FROM prices p WHERE p.id = w.id))"
+# lock: a popular price is in every subscription, and all transactions would wait for its row. (One by one: for a NOT
+# EXISTS all prices may be read. The boundaries below likewise.)
+NO_KNOWN_STUB = "(w.mark_created > '-infinity' OR (SELECT p.id FROM prices p WHERE p.id = w.id) IS NULL)"
 
 # The items of the subscriptions that were written, and of no others. What else those with a complete list had is gone.
 # Most events change none of them: what is there already is passed over, as with the boundaries below, which costs a
