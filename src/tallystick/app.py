@@ -8,7 +8,6 @@ from typing import Any
 import structlog
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -96,8 +95,7 @@ def create_app(settings: Settings) -> FastAPI:
             Problem: answer_problem,
             RequestValidationError: answer_invalid,
             HTTPException: answer_http_error,
-            SQLAlchemyError: answer_storage_error,
-            OSError: answer_storage_error,
+            **dict.fromkeys(db.STORAGE_ERRORS, answer_storage_error),
             Exception: answer_bug,
         },
     )
@@ -149,7 +147,7 @@ async def answer_error(request: Request, error: Exception) -> Response:
         return await answer_problem(request, error)
     if isinstance(error, HTTPException):
         return await answer_http_error(request, error)
-    if isinstance(error, SQLAlchemyError | OSError):
+    if isinstance(error, db.STORAGE_ERRORS):
         return await answer_storage_error(request, error)
     return await answer_bug(request, error)
 

@@ -147,13 +147,6 @@ async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
         yield connection
 
 
-@asynccontextmanager
-async def reading(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-    """A connection for one statement that only reads: without BEGIN and COMMIT it costs one round trip, not three."""
-    async with engine.connect() as connection:
-        yield await connection.execution_options(isolation_level="AUTOCOMMIT")
-
-
 class Row(asyncpg.Record):  # type: ignore[misc]  # the driver has no types
     """A row of a direct transaction: its columns are attributes, as they are of SQLAlchemy's."""
 
@@ -223,6 +216,22 @@ async def direct_transaction(engine: AsyncEngine) -> AsyncIterator[DirectConnect
     finally:
         if not ended:  # cancelled, or cut: nobody knows what has become of it, and the pool makes a new one
             driver.terminate()
+        pooled.close()
+
+
+@asynccontextmanager
+async def reading(engine: AsyncEngine) -> AsyncIterator[DirectConnection]:
+    """A connection for one statement that only reads: without BEGIN and COMMIT it costs one round trip, not three."""
+    pooled = await engine.raw_connection()
+    driver: Any = pooled.driver_connection
+    try:
+        yield DirectConnection(driver)
+    except asyncpg.PostgresError:
+        raise  # refused, and the connection as good as before
+    except BaseException:
+        driver.terminate()  # what it was sent last may still be going on
+        raise
+    finally:
         pooled.close()
 
 

@@ -56,7 +56,8 @@ class Scene:
 
     async def is_read_only(self) -> bool:
         async with db.reading(self.resources.engine) as connection:
-            return bool(await connection.scalar(text("SELECT current_setting('default_transaction_read_only') = 'on'")))
+            asked = await connection.execute(text("SELECT current_setting('default_transaction_read_only') = 'on'"), {})
+        return bool(asked.scalars()[0])
 
     async def findings(self) -> Findings:
         """What is found once everything has come back and nothing waits."""

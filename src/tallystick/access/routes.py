@@ -77,6 +77,10 @@ class CustomerAccess(BaseModel):
     entitlements: list[str] = Field(description="The lookup keys of its active entitlements at Stripe.")
 
 
+# In the order of ANSWER, as a row has them.
+ACCESS_FIELDS = tuple(CustomerAccess.model_fields)
+
+
 class AccessRequest(BaseModel):
     """Whose access is asked for."""
 
@@ -134,12 +138,12 @@ class AccessReader:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
-        self._asked: list[tuple[str, asyncio.Future[Row[Any] | None]]] = []
+        self._asked: list[tuple[str, asyncio.Future[db.Row | None]]] = []
         self._reading: asyncio.Task[None] | None = None
 
-    async def read(self, ref: str) -> Row[Any] | None:
+    async def read(self, ref: str) -> db.Row | None:
         """The customer's row, or None for an unknown name. Raises what PostgreSQL raises."""
-        found: asyncio.Future[Row[Any] | None] = asyncio.get_running_loop().create_future()
+        found: asyncio.Future[db.Row | None] = asyncio.get_running_loop().create_future()
         self._asked.append((ref, found))
         if self._reading is None:
             self._reading = asyncio.create_task(self._read_all(), name="access")
@@ -161,7 +165,7 @@ class AccessReader:
                     found.set_result(outcome.get(ref))
         self._reading = None
 
-    async def _read(self, refs: Collection[str]) -> dict[str, Row[Any]]:
+    async def _read(self, refs: Collection[str]) -> dict[str, db.Row]:
         async with db.reading(self._engine) as connection:
             return {row.ref: row for row in await connection.execute(FIND_ACCESS_OF_ALL, {"refs": list(refs)})}
 
@@ -201,7 +205,7 @@ async def get_access_of_several(request: Request, body: AccessRequest) -> Access
     async with db.reading(_engine(request)) as connection:
         found = {row.ref: row for row in await connection.execute(FIND_ACCESS_OF_ALL, {"refs": refs})}
     return AccessOfSeveral(
-        customers=[CustomerAccess.model_validate(row._asdict()) for ref in refs if (row := found.get(ref))],
+        customers=[CustomerAccess.model_validate(dict(row)) for ref in refs if (row := found.get(ref))],
         unknown=[ref for ref in refs if ref not in found],
     )
 
@@ -257,9 +261,9 @@ def read_line(row: Row[Any]) -> TimelineLine:
     )
 
 
-def _write_access(row: Row[Any]) -> bytes:
+def _write_access(row: db.Row) -> bytes:
     """A `CustomerAccess` as JSON, straight from its row: this is done for each request of a product."""
-    return msgspec.json.encode(dict(zip(CustomerAccess.model_fields, row, strict=True)))
+    return msgspec.json.encode(dict(zip(ACCESS_FIELDS, row, strict=True)))
 
 
 def _engine(request: Request) -> AsyncEngine:
