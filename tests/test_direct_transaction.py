@@ -1,4 +1,4 @@
-"""Transactions without SQLAlchemy's layers: they are whole or not at all, whatever ends them."""
+"""Transactions and readings without SQLAlchemy's layers: whole or not at all, whatever ends them."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -83,3 +83,18 @@ async def test_a_value_of_the_wrong_type_says_nothing_against_postgresql(resourc
     with pytest.raises(asyncpg.DataError) as wrong:
         await insert(resources, sleep="long")  # type: ignore[arg-type]  # on purpose
     assert not db.is_storage_failure(wrong.value)
+
+
+async def read_one(resources: Resources, statement: str, **parameters: object) -> object:
+    async with db.reading(resources.engine) as connection:
+        return (await connection.execute(text(statement), parameters)).scalars()[0]
+
+
+async def test_only_a_reading_that_ended_leaves_its_connection_to_the_next(resources: Resources) -> None:
+    first = await read_one(resources, "SELECT pg_backend_pid()")
+    with pytest.raises(asyncpg.DivisionByZeroError):
+        await read_one(resources, "SELECT 1 / :number", number=0)
+    assert await read_one(resources, "SELECT pg_backend_pid()") == first
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(read_one(resources, SLEEP.text, seconds=5), 0.05)
+    assert await read_one(resources, "SELECT pg_backend_pid()") != first
