@@ -13,7 +13,7 @@ import asyncpg
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection as SyncConnection
-from sqlalchemy import NullPool, TextClause, event, text
+from sqlalchemy import NullPool, PoolProxiedConnection, TextClause, event, text
 from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
 from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -191,6 +191,13 @@ def _number(statement: TextClause) -> tuple[str, tuple[str, ...]]:
     return str(compiled), tuple(compiled.positiontup or ())
 
 
+async def _take_from_pool(engine: AsyncEngine) -> PoolProxiedConnection:
+    try:
+        return await engine.raw_connection()
+    except engine.dialect.loaded_dbapi.Error as error:  # of SQLAlchemy's adapter, which it hides everywhere else
+        raise (error.__cause__ or error) from None
+
+
 @asynccontextmanager
 async def direct_transaction(engine: AsyncEngine) -> AsyncIterator[DirectConnection]:
     """A transaction as `transaction` is, for flows of many short statements.
@@ -198,7 +205,7 @@ async def direct_transaction(engine: AsyncEngine) -> AsyncIterator[DirectConnect
     SQLAlchemy takes three times as long as the driver for a statement, and more for the ends of a transaction (see
     docs/performance.md). The connection is one of its pool, with the same limits.
     """
-    pooled = await engine.raw_connection()
+    pooled = await _take_from_pool(engine)
     driver: Any = pooled.driver_connection
     ended = False
     try:
@@ -222,7 +229,7 @@ async def direct_transaction(engine: AsyncEngine) -> AsyncIterator[DirectConnect
 @asynccontextmanager
 async def reading(engine: AsyncEngine) -> AsyncIterator[DirectConnection]:
     """A connection for one statement that only reads: without BEGIN and COMMIT it costs one round trip, not three."""
-    pooled = await engine.raw_connection()
+    pooled = await _take_from_pool(engine)
     driver: Any = pooled.driver_connection
     try:
         yield DirectConnection(driver)

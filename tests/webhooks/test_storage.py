@@ -107,6 +107,27 @@ async def test_postgresql_crashes_in_the_middle_of_a_transaction(
     assert (await post(client, sent)).json() == {"verdict": "applied"}
 
 
+async def test_postgresql_refuses_connections(
+    app: FastAPI, client: httpx.AsyncClient, resources: Resources, servers: Servers
+) -> None:
+    """As while it starts, or has too many: it answers, by an error of its own."""
+    sent = event("customer.subscription.created", subscription())
+    assert (await post(client, sent)).status_code == 200
+    assert (await read_access(client))[0] == "active"  # the key is known from now on
+    elsewhere = await asyncpg.connect(servers.postgres.url.replace("/tallystick", "/postgres"))
+    await elsewhere.execute("ALTER DATABASE tallystick ALLOW_CONNECTIONS false")
+    try:
+        await app.state.resources.engine.dispose()
+        read_answer, webhook = await client.get("/v1/customers/cus_1/access"), await post(client, sent)
+    finally:
+        await elsewhere.execute("ALTER DATABASE tallystick ALLOW_CONNECTIONS true")
+        await elsewhere.close()
+    assert (read_answer.status_code, webhook.status_code) == (503, 500)
+    assert webhook.json()["type"] == "urn:tallystick:problem:storage-failed"
+    assert (await read_access(client))[0] == "active"
+    assert (await post(client, sent)).json() == {"verdict": "duplicate"}
+
+
 async def test_postgresql_is_frozen(
     app: FastAPI, client: httpx.AsyncClient, resources: Resources, servers: Servers
 ) -> None:
