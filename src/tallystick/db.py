@@ -212,7 +212,7 @@ async def direct_transaction(engine: AsyncEngine) -> AsyncIterator[DirectConnect
         await driver.execute("BEGIN")
         try:
             yield DirectConnection(driver)
-        except Exception:
+        except asyncpg.PostgresError:
             await driver.execute("ROLLBACK")
             ended = True
             raise
@@ -221,7 +221,7 @@ async def direct_transaction(engine: AsyncEngine) -> AsyncIterator[DirectConnect
             raise ConnectionError("PostgreSQL rolled the transaction back")
         ended = True
     finally:
-        if not ended:  # cancelled, or cut: nobody knows what has become of it, and the pool makes a new one
+        if not ended:  # cancelled, cut, or a bug of ours: PostgreSQL rolls it back, and the pool makes a new connection
             driver.terminate()
         pooled.close()
 
@@ -231,14 +231,17 @@ async def reading(engine: AsyncEngine) -> AsyncIterator[DirectConnection]:
     """A connection for one statement that only reads: without BEGIN and COMMIT it costs one round trip, not three."""
     pooled = await _take_from_pool(engine)
     driver: Any = pooled.driver_connection
+    usable = False
     try:
-        yield DirectConnection(driver)
-    except asyncpg.PostgresError:
-        raise  # refused, and the connection as good as before
-    except BaseException:
-        driver.terminate()  # what it was sent last may still be going on
-        raise
+        try:
+            yield DirectConnection(driver)
+        except asyncpg.PostgresError:
+            usable = True  # refused, and the connection as good as before
+            raise
+        usable = True
     finally:
+        if not usable:  # what it was sent last may still be going on
+            driver.terminate()
         pooled.close()
 
 

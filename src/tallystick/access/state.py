@@ -33,7 +33,7 @@ FIND_STATES = text("""
                AND (o.payment_failing_since IS NOT NULL AND o.status IN ('open', 'uncollectible')
                     OR o.status = 'open' AND o.due_date <= :now)) AS owing
       FROM customers c
-      LEFT JOIN customer_access a ON a.customer = c.id
+      LEFT JOIN LATERAL (SELECT * FROM customer_access a WHERE a.customer = c.id OFFSET 0) a ON true
       LEFT JOIN LATERAL (SELECT * FROM subscriptions s WHERE s.customer = c.id AND NOT s.deleted OFFSET 0) s ON true
       LEFT JOIN LATERAL (
           SELECT array_agg(i.price) FILTER (WHERE i.price IS NOT NULL) AS prices,

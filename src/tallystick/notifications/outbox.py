@@ -53,7 +53,7 @@ ANNOUNCE = text("""
                announced_until = a.until, announced_refs = n.refs
           FROM unnest(CAST(:customers AS text[])) AS k(customer)
          CROSS JOIN LATERAL (SELECT refs FROM customer_names WHERE customer = k.customer OFFSET 0) n
-         WHERE a.customer = k.customer
+         WHERE a.customer = ANY(:customers) AND a.customer = k.customer
            AND (a.access, a.reason, a.prices, a.until, n.refs) IS DISTINCT FROM
                (a.announced_access, a.announced_reason, a.announced_prices, a.announced_until, a.announced_refs)
         RETURNING 3 AS position, 'access.changed' AS type, a.customer, a.customer AS subject,

@@ -10,10 +10,10 @@ Both places are read. Wherever an id is expected there may be the expanded objec
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from tallystick.card_numbers import holds_card_number
@@ -79,8 +79,7 @@ HANDLED_TYPES: tuple[str, ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Translation:
+class Translation(Struct, frozen=True):
     """The change that an event makes, if any. `unusable`: why an object of a mirrored kind could not be understood.
 
     `reports`: it tells of usage that Stripe could not bill.
@@ -114,11 +113,10 @@ def translate(event: Mapping[str, Any], reference_key: str) -> Translation:
     account = text(event.get("account")) or ""
     if kind == "billing.meter" and account:
         return IGNORED  # usage is told to the own account's meters only
-    created = type_.endswith((".created", ".attached"))
     mark = Mark(
         deleted=type_ in DELETIONS or payload.get("deleted") is True,
         created=instant(event["created"]) or STUB.created,
-        rank=FINAL if is_final(kind, payload) else CREATED if created else UPDATED,
+        rank=FINAL if is_final(kind, payload) else CREATED if type_.endswith((".created", ".attached")) else UPDATED,
         event=event["id"],
     )
     translation = translate_object(kind, payload, mark, reference_key, account)
@@ -391,8 +389,7 @@ def _meter(payload: Mapping[str, Any], mark: Mark) -> MeterChange | None:
 
 
 def _object(value: object) -> Mapping[str, Any]:
-    # What a parser makes is a dict, and that is quicker to ask for.
-    return value if isinstance(value, dict) or isinstance(value, Mapping) else {}  # noqa: SIM101
+    return value if isinstance(value, dict) or isinstance(value, Mapping) else {}  # noqa: SIM101  a dict is found sooner
 
 
 def _list(value: object) -> list[Any]:
