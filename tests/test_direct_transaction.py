@@ -44,7 +44,7 @@ async def test_it_is_committed_and_gives_rows_with_attributes(resources: Resourc
         await connection.execute(INSERT, {"id": "cus_1", "ref": "acme"})
         found = await connection.execute(FIND, {"ref": "acme", "id": "cus_2"})
     assert [(row.id, row.ref) for row in found] == [("cus_1", "acme")]
-    assert (found.scalars(), [tuple(row) for row in found.all()]) == (["cus_1"], [("cus_1", "acme")])
+    assert (found.scalars(), [tuple(row) for row in found]) == (["cus_1"], [("cus_1", "acme")])
     assert await customers(resources) == ["cus_1"]
 
 

@@ -154,11 +154,7 @@ class Row(asyncpg.Record):  # type: ignore[misc]  # the driver has no types
 
 
 class Rows(list[Any]):
-    """The rows that a statement of a direct transaction returned, with those methods of SQLAlchemy's that are used."""
-
-    def all(self) -> list[Any]:
-        """The rows."""
-        return self
+    """The rows that a statement of a direct transaction returned, with the one method of SQLAlchemy's that is used."""
 
     def scalars(self) -> list[Any]:
         """The first column."""
