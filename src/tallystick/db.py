@@ -198,8 +198,8 @@ async def _take_from_pool(engine: AsyncEngine) -> PoolProxiedConnection:
 async def direct_transaction(engine: AsyncEngine) -> AsyncIterator[DirectConnection]:
     """A transaction as `transaction` is, for flows of many short statements.
 
-    SQLAlchemy takes three times as long as the driver for a statement, and more for the ends of a transaction (see
-    docs/performance.md). The connection is one of its pool, with the same limits.
+    SQLAlchemy's part of those costs more than the driver's (docs/decisions/0016-direct-transactions.md). The connection
+    is one of its pool, with the same limits.
     """
     pooled = await _take_from_pool(engine)
     driver: Any = pooled.driver_connection

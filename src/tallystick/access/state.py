@@ -101,7 +101,8 @@ async def recompute_access(
     customers = sorted(decided_by)
     known, decisions, renamed = await _decide(connection, customers, named or (), rules, now)
     current = fingerprint(rules)
-    rows, written, changed = [], set(), set()
+    rows: dict[str, dict[str, object]] = {}
+    changed = set()
     lines = list(other_lines)
     for customer in customers:
         before, decision = known.get(customer), decisions[customer]
@@ -110,8 +111,7 @@ async def recompute_access(
         event = decided_by[customer]
         if event is None and cause == "grace" and before is not None:
             event = before.decided_by
-        rows.append(_row(customer, decision, event))
-        written.add(customer)
+        rows[customer] = _row(customer, decision, event)
         if before is None or _answer(before.decision) != _answer(decision):
             changed.add(customer)
         old = before.decision if before is not None else None
@@ -128,12 +128,12 @@ async def recompute_access(
                 )
             )
     if rows:
-        await connection.execute(WRITE_ACCESS, {"rows": json.dumps(rows), "rules": current, "now": now})
+        await connection.execute(WRITE_ACCESS, {"rows": json.dumps(list(rows.values())), "rules": current, "now": now})
     await write_timeline(connection, lines, now)
     if named is None:
         await announce_changes(connection, customers)
     else:
-        await announce_changes(connection, renamed | {line.customer for line in lines} | written)
+        await announce_changes(connection, renamed | {line.customer for line in lines} | rows.keys())
     return changed
 
 

@@ -228,7 +228,7 @@ def _customers_of(change: AnyChange) -> tuple[str, ...]:
 
 
 def _price_stubs(changes: Iterable[AnyChange], *, known: set[str]) -> list[AnyChange]:
-    """Prices as embedded in items, for those that the mirror does not have yet."""
+    """Prices as embedded in items, but for those of which more is `known`; the mirror keeps what it has already."""
     embedded = {
         price.id: price for change in changes if isinstance(change, SubscriptionChange) for price in change.prices
     }
