@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from threading import Thread
+from typing import Any
 
 import asyncpg
 import pytest
@@ -13,6 +15,7 @@ from tests.webhooks.stripe_events import read
 
 INSERT = text("INSERT INTO customers (id, ref) VALUES (:id, :ref)")
 FIND = text("SELECT id, ref FROM customers WHERE ref = :ref OR id = :id OR id = :ref ORDER BY id")
+ONE = text("SELECT CAST(:one AS integer)")
 SLEEP = text("SELECT pg_sleep(:seconds)")
 
 
@@ -99,3 +102,40 @@ async def test_only_a_reading_that_ended_leaves_its_connection_to_the_next(resou
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(read_one(resources, SLEEP.text, seconds=5), 0.05)
     assert await read_one(resources, "SELECT pg_backend_pid()") != first
+
+
+def end_sessions_meanwhile(resources: Resources) -> None:
+    """Have PostgreSQL end all other sessions, while this event loop stands still and hears nothing of it."""
+
+    async def end() -> None:
+        connection = await asyncpg.connect(resources.engine.url.set(drivername="postgresql").render_as_string())
+        await connection.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+            " WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+        )
+        await connection.close()
+
+    thread = Thread(target=asyncio.run, args=(end(),))
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("kind", [db.reading, db.direct_transaction, db.transaction])
+async def test_a_session_may_end_between_preparing_a_statement_and_running_it(resources: Resources, kind: Any) -> None:
+    """The driver reads in one piece that the statement is prepared and that the session is at its end."""
+
+    async def read_number(number: int, ready: asyncio.Event) -> list[int]:
+        async with kind(resources.engine) as connection:
+            await connection.execute(ONE, {"one": 1})
+            ready.set()
+            rows = await connection.execute(text(f"SELECT CAST(:zero AS integer) + {number}"), {"zero": 0})
+            return list(rows.scalars())
+
+    prepared = asyncio.Event()
+    reading = asyncio.create_task(read_number(2, prepared))
+    await prepared.wait()  # and so it has sent the second statement, too
+    end_sessions_meanwhile(resources)
+    with pytest.raises(db.STORAGE_ERRORS) as ended:
+        await reading
+    assert db.is_storage_failure(ended.value)
+    assert await read_number(3, asyncio.Event()) == [3]

@@ -115,6 +115,10 @@ def _answers(engine: AsyncEngine, connection: Any) -> bool:
 # transaction rollback, lock or statement timeout (55P03, 57014), read-only server (25006).
 _STORAGE_SQLSTATE = ("08", "53", "57", "58", "40", "55", "25006", "XX")
 
+# The second comes when PostgreSQL ends a session between two steps of a statement, and the driver hears of the end in
+# the same breath as of the first step's success.
+_CONNECTION_GONE = (asyncpg.InterfaceError, asyncpg.InternalClientError)
+
 
 def is_storage_failure(error: BaseException) -> bool:
     """Whether an error means that PostgreSQL could not do its work, rather than that we asked for nonsense."""
@@ -124,7 +128,7 @@ def is_storage_failure(error: BaseException) -> bool:
         if error.connection_invalidated:
             return True
         error = error.orig or error
-    if isinstance(error, asyncpg.InterfaceError):  # the connection is gone
+    if isinstance(error, _CONNECTION_GONE):
         return True
     return str(getattr(error, "sqlstate", None) or "").startswith(_STORAGE_SQLSTATE)
 
@@ -134,7 +138,7 @@ def is_lock_timeout(error: DBAPIError) -> bool:
     return getattr(error.orig, "sqlstate", None) == "55P03"
 
 
-STORAGE_ERRORS = (SQLAlchemyError, OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
+STORAGE_ERRORS = (SQLAlchemyError, OSError, TimeoutError, asyncpg.PostgresError, *_CONNECTION_GONE)
 
 
 _DIALECT = PGDialect_asyncpg()  # type: ignore[no-untyped-call]
