@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from tallystick.errors import SettingsError
+from tallystick.notifications import sending
 from tallystick.notifications.addresses import AddressRefused, is_public, resolve
 from tallystick.notifications.delivery import deliver_notifications
 from tallystick.resources import Resources
@@ -177,6 +178,7 @@ async def test_the_checked_address_is_connected_to_under_the_hosts_name(
     asked: list[str | None] = []
     server.sni_callback = lambda _socket, name, _context: asked.append(name)
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "certificate.pem"))
+    monkeypatch.setattr(sending, "trust_receivers", sending.trust_receivers.__wrapped__)  # which reads it anew
     async with listening(server) as (port, heads):
         named = with_endpoints(resources, tmp_path, endpoint("named", f"https://localhost:{port}/hooks?a=b"))
         await tell(named, "cus_1")
