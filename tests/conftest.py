@@ -5,10 +5,11 @@ their own.
 """
 
 import os
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from tallystick.config import Settings
 from tallystick.dev.embedded import EmbeddedPostgres, EmbeddedValkey
 from tallystick.dev.fake_stripe.app import create_fake_stripe
 from tallystick.resources import Resources, open_resources
+from tallystick.rules import RulesFile
+from tallystick.stripe_gateway import MeterEventSession
 from tallystick.usage.partitions import make_partitions
 from tests.serving import serve_in_thread
 
@@ -76,15 +79,20 @@ def fake_stripe_url() -> Iterator[str]:
         yield url
 
 
-@pytest.fixture
-async def fake_stripe(fake_stripe_url: str) -> AsyncIterator[FakeStripe]:
+@pytest.fixture(scope="session")
+async def used_fake_stripe(fake_stripe_url: str) -> AsyncIterator[FakeStripe]:
     settings = make_settings(stripe_api_base=fake_stripe_url)
     async with (
         httpx.AsyncClient(base_url=fake_stripe_url, timeout=30) as control,
         open_resources(settings, application_name="tests") as resources,
     ):
-        (await control.post("/_fake/reset")).raise_for_status()
         yield FakeStripe(fake_stripe_url, resources.stripe, control)
+
+
+@pytest.fixture
+async def fake_stripe(used_fake_stripe: FakeStripe) -> FakeStripe:
+    (await used_fake_stripe.control.post("/_fake/reset")).raise_for_status()
+    return used_fake_stripe
 
 
 def make_settings(**changed: object) -> Settings:
@@ -112,12 +120,28 @@ def settings(servers: Servers, fake_stripe_url: str) -> Settings:
     )
 
 
+@pytest.fixture(scope="session")
+async def open_once() -> AsyncIterator[Callable[[Settings], Awaitable[Resources]]]:
+    """Opens resources, or finds them opened: to connect anew takes longer than most tests."""
+    opened: dict[Settings, Resources] = {}
+    async with AsyncExitStack() as stack:
+
+        async def open_once(settings: Settings) -> Resources:
+            if settings not in opened:
+                resources = open_resources(settings, application_name="tests")
+                opened[settings] = await stack.enter_async_context(resources)
+            return opened[settings]
+
+        yield open_once
+
+
 @pytest.fixture
-async def resources(settings: Settings) -> AsyncIterator[Resources]:
+async def resources(settings: Settings, open_once: Callable[[Settings], Awaitable[Resources]]) -> Resources:
     """Open resources over an empty, migrated database and an empty Valkey."""
-    async with open_resources(settings, application_name="tests") as opened:
-        await empty_stores(opened)
-        yield opened
+    opened = await open_once(settings)
+    await empty_stores(opened)
+    session = MeterEventSession(opened.stripe)
+    return replace(opened, rules=RulesFile(settings.rules_file), meter_event_session=session)
 
 
 # Children first; `installation` keeps its one row.
@@ -183,10 +207,15 @@ async def empty_stores(resources: Resources) -> None:
     await resources.redis.flushdb()
 
 
+# FastAPI makes an application's routes ready at its first request, which takes longer than most tests; all that
+# belongs to one test is made anew when the application starts.
+built_app = cache(create_app)
+
+
 @pytest.fixture
 async def app(resources: Resources) -> AsyncIterator[FastAPI]:
     """The application, started, over the resources' stores."""
-    application = create_app(resources.settings)
+    application = built_app(resources.settings)
     async with application.router.lifespan_context(application):
         yield application
 

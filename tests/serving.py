@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from queue import Queue
 from threading import Thread
 from typing import Any
@@ -26,7 +26,7 @@ async def serve(app: Any) -> AsyncIterator[str]:
             raise RuntimeError("the server ended before it was ready")
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
-        server.should_exit = True
+        server.stop()
         await task
         listener.close()
 
@@ -55,11 +55,20 @@ def serve_in_thread(app: Any) -> Iterator[str]:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn that says when it listens, and leaves the test runner's signals alone."""
+    """uvicorn that says when it listens, stops when it is told, and leaves the test runner's signals alone."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
-        self.ready = asyncio.Event()
+        self.ready, self._told = asyncio.Event(), asyncio.Event()
+
+    def stop(self) -> None:
+        self._told.set()
+
+    async def main_loop(self) -> None:
+        while not self._told.is_set():
+            await self.on_tick(0)  # which puts the time into the answers' heads
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._told.wait(), timeout=1)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

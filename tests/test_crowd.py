@@ -78,6 +78,14 @@ async def test_a_body_that_comes_late_needs_a_place_too(
     assert repeat.json() == {"accepted": 1, "duplicates": 0, "rejected": []}  # nothing of the refused one was kept
 
 
+async def end(calls: set[asyncio.Task[httpx.Response]]) -> None:
+    """Cancel them, and again: Python before 3.12 loses a cancellation that comes together with what was waited for."""
+    while calls:
+        for call in calls:
+            call.cancel()
+        _, calls = await asyncio.wait(calls, timeout=0.1)
+
+
 async def test_a_stripe_that_hangs_does_not_stop_usage(
     app: FastAPI, client: httpx.AsyncClient, resources: Resources, fake_stripe: FakeStripe
 ) -> None:
@@ -110,9 +118,7 @@ async def test_a_stripe_that_hangs_does_not_stop_usage(
         accepted = await client.post("/v1/usage", json=EVENT | {"id": "e2"})
         still_waiting = sum(not call.done() for call in (*portals, *meters))
     finally:
-        for call in (*portals, *meters):
-            call.cancel()
-        await asyncio.gather(*portals, *meters, return_exceptions=True)
+        await end({*portals, *meters})
         await fake_stripe.control.delete("/_fake/faults")
 
     assert accepted.status_code == 202

@@ -32,6 +32,7 @@ from starlette.routing import Route
 from typer.testing import CliRunner
 
 from tallystick import cli, db, tracing, worker
+from tallystick.config import Settings
 from tallystick.gauges import measure_buffer, measure_queues
 from tallystick.loops import Loop, run_loops
 from tallystick.metrics import REGISTRY
@@ -380,11 +381,12 @@ async def test_webhooks_that_wait_are_shown_with_the_age_of_the_oldest(
     assert value_of("tallystick_webhooks_waiting") == value_of("tallystick_oldest_waiting_webhook_seconds") == 0
 
 
-async def test_the_pool_and_the_release_are_shown(resources: Resources) -> None:
-    async with resources.engine.connect(), resources.engine.connect():
-        assert value_of("tallystick_database_connections") == 2
-    assert value_of("tallystick_database_connections") == 0
-    assert value_of("tallystick_database_pool_size") == resources.settings.database_pool_size
+async def test_the_pool_and_the_release_are_shown(settings: Settings) -> None:
+    async with open_resources(settings, application_name="tests") as resources:
+        async with resources.engine.connect(), resources.engine.connect():
+            assert value_of("tallystick_database_connections") == 2
+        assert value_of("tallystick_database_connections") == 0
+        assert value_of("tallystick_database_pool_size") == settings.database_pool_size
 
 
 # Traces
