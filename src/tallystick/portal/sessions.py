@@ -56,7 +56,7 @@ class PortalSessionRequest(BaseModel):
     )
     locale: str | None = Field(default=None, min_length=2, max_length=10, description="As in Stripe's `locale`.")
     configuration: str | None = Field(
-        default=None, pattern=r"^bpc_\w{1,80}$", description="A portal configuration. Not for end users."
+        default=None, pattern=r"^bpc_[0-9A-Za-z_]{1,80}$", description="A portal configuration. Not for end users."
     )
     flow_data: FlowData | None = Field(default=None, description="Go straight to one page of the portal.")
 
