@@ -49,9 +49,15 @@ app.add_typer(reports)
 
 DataFolder = Annotated[Path, typer.Option("--data", help="Where the embedded parts keep their data.")]
 
+# How many objects a process makes, beyond those that it frees, until the collector looks at the new ones. It is 700
+# unless set, which is a few requests, and a fifth of the time to load a process is the collector's; a request of 1,000
+# events holds some ten thousand at once.
+YOUNG_OBJECTS = 20_000
+
 
 def main() -> None:
     """Entry point: errors raised on purpose end in one line on standard error and exit code 1."""
+    gc.set_threshold(YOUNG_OBJECTS)
     try:
         app()
     except TallystickError as error:
@@ -99,10 +105,6 @@ def fake_stripe(
 
     serve_fake_stripe(host, port, state, seed)
 
-
-# How many objects a process makes, beyond those that it frees, until the collector looks at the new ones. It is 700
-# unless set, which is a few requests; a request of 1,000 events holds some ten thousand at once.
-YOUNG_OBJECTS = 20_000
 
 # For the requests that were begun when a process is to stop: longer than one that waits for its commit may take (see
 # db.py). With what inbox.py and resources.py add to it, a process ends within 25 s.
@@ -218,7 +220,7 @@ def doctor(json_: Json = False) -> None:
 
 
 def _spare_collector() -> None:
-    """Keep the garbage collector from going through what will never be garbage, and from coming too often.
+    """Keep the garbage collector from going through what will never be garbage.
 
     The imports leave some 150,000 objects. Each full collection goes through all of them, 100 ms in which nobody is
     answered, and a request makes enough objects to cause the next one soon. Objects that do not refer to each other in
@@ -226,7 +228,6 @@ def _spare_collector() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(YOUNG_OBJECTS)
 
 
 def _run_until_signal(work: Callable[[asyncio.Event], Awaitable[None]]) -> None:
