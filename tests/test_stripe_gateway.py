@@ -19,7 +19,10 @@ CUSTOMER = b'{"object": "customer", "id": "cus_1"}'
 async def answering(answer: Answer, heard: list[bytes] | None = None) -> AsyncIterator[str]:
     """A server that reads a request's head, answers in this way and closes; its address without the scheme."""
 
+    taken: set[asyncio.Task[None] | None] = set()
+
     async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        taken.add(asyncio.current_task())
         try:
             head = await reader.readuntil(b"\r\n\r\n")
             if heard is not None:
@@ -34,6 +37,8 @@ async def answering(answer: Answer, heard: list[bytes] | None = None) -> AsyncIt
     server = await asyncio.start_server(take, "127.0.0.1", 0)
     async with server:
         yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    for task in filter(None, taken):
+        task.cancel()
 
 
 async def call(base: str, *, seconds: float = 5) -> stripe.Customer:
@@ -55,7 +60,7 @@ async def break_off(writer: asyncio.StreamWriter) -> None:
 
 async def fall_silent(writer: asyncio.StreamWriter) -> None:
     writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + CUSTOMER)
-    await asyncio.sleep(2)
+    await asyncio.Event().wait()
 
 
 async def hang_up(writer: asyncio.StreamWriter) -> None:
@@ -63,7 +68,7 @@ async def hang_up(writer: asyncio.StreamWriter) -> None:
 
 
 async def stay_silent(writer: asyncio.StreamWriter) -> None:
-    await asyncio.sleep(2)
+    await asyncio.Event().wait()
 
 
 async def talk_nonsense(writer: asyncio.StreamWriter) -> None:
@@ -80,7 +85,7 @@ async def send_elsewhere(writer: asyncio.StreamWriter) -> None:
 async def test_what_breaks_after_the_call_was_made_leaves_open_whether_stripe_heard_it(answer: Answer) -> None:
     async with answering(answer) as address:
         with pytest.raises(stripe.APIConnectionError) as failed:
-            await asyncio.wait_for(call(f"http://{address}", seconds=0.5), 1.5)
+            await asyncio.wait_for(call(f"http://{address}", seconds=0.5), 10)
     outcome = read_outcome(failed.value)
     assert (outcome.state, outcome.unknown) == ("retry", True)
     assert outcome.reason == type(failed.value.__cause__).__name__
