@@ -18,7 +18,7 @@ async def measure_access(rig: Rig) -> Report:
     events = StripeEvents(secrets.token_hex(3), rig.stack.environment["STRIPE_WEBHOOK_SECRET"], customers)
     headers = await rig.make_headers(f"access-{events.run}")
     # Four times round, each customer has got its own event and its subscription's.
-    await put_load(rig.api_port, events.make(4 * customers), connections=32, check=_expect_ok)
+    await put_load([rig.api_port], events.make(4 * customers), connections=32, check=_expect_ok)
     numbers = count()
     asked: list[int] = []
 
@@ -34,11 +34,11 @@ async def measure_access(rig: Rig) -> Report:
     nothing = make_request("GET", "/nothing", b"", {})
     lanes = [
         http_lane(
-            Side("tallystick", "requests/s"), rig.api_port, make, check, connections=CONNECTIONS, first_guess=500
+            Side("tallystick", "requests/s"), [rig.api_port], make, check, connections=CONNECTIONS, first_guess=500
         ),
         http_lane(
             Side("a no-op route", "requests/s"),
-            rig.bare_port,
+            [rig.bare_port],
             lambda requests: [nothing] * requests,
             _expect_ok,
             connections=CONNECTIONS,

@@ -179,7 +179,7 @@ async def _measure_sink(rig: Rig) -> float:
             "timestamp": int(datetime.now(UTC).timestamp()),
         }
         requests.append(make_request("POST", "/v1/billing/meter_events", urlencode(form).encode(), {}))
-    return (await put_load(rig.bare_port, requests, connections=SINK_CONNECTIONS, check=_expect_taken)).per_second
+    return (await put_load([rig.bare_port], requests, connections=SINK_CONNECTIONS, check=_expect_taken)).per_second
 
 
 def _expect_taken(index: int, status: int, body: bytes) -> None:

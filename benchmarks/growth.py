@@ -88,7 +88,7 @@ async def _ingest_and_drain(rig: Rig, requests: UsageRequests, ingest: Side, dra
     before = requests.made
     load = requests.make(max(CONNECTIONS, int(rig.seconds * REQUESTS_PER_SECOND)), BATCH)
     async with rig.measured(ingest):
-        result = await put_load(rig.api_port, load, connections=CONNECTIONS, check=expect_accepted(BATCH))
+        result = await put_load([rig.api_port], load, connections=CONNECTIONS, check=expect_accepted(BATCH))
     ingest.rates.append(result.per_second * BATCH)
     ingest.latencies += result.latencies
     started = perf_counter()

@@ -7,6 +7,7 @@ is measured.
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from time import perf_counter_ns
 
 # Raises when the answer to the request of this index is not right: check(index, status, body).
@@ -40,8 +41,8 @@ def make_request(method: str, path: str, body: bytes, headers: Mapping[str, str]
     return "\r\n".join(lines).encode() + HEAD_END + body
 
 
-async def put_load(port: int, requests: Sequence[bytes], *, connections: int, check: Check) -> Result:
-    """Send all requests to 127.0.0.1 over `connections` connections, one at a time on each.
+async def put_load(ports: Sequence[int], requests: Sequence[bytes], *, connections: int, check: Check) -> Result:
+    """Send all requests to 127.0.0.1 over `connections` connections, shared out among the ports, one at a time on each.
 
     Raises what `check` raises, and `WrongAnswer` when a connection is closed before its answer is here.
     """
@@ -49,7 +50,7 @@ async def put_load(port: int, requests: Sequence[bytes], *, connections: int, ch
     work = _Work(requests, check, loop.create_future())
     opened = [
         await loop.create_connection(lambda: _Connection(work), "127.0.0.1", port)
-        for _ in range(min(connections, len(requests)))
+        for port in islice(cycle(ports), min(connections, len(requests)))
     ]
     started = perf_counter_ns()
     try:

@@ -26,7 +26,7 @@ async def measure_memory(rig: Rig) -> Report:
         while requests.made < ids:
             load = requests.make(max(1, min(REQUESTS_AT_ONCE, (ids - requests.made) // BATCH)), BATCH)
             async with rig.measured(side):
-                result = await put_load(rig.api_port, load, connections=CONNECTIONS, check=expect_accepted(BATCH))
+                result = await put_load([rig.api_port], load, connections=CONNECTIONS, check=expect_accepted(BATCH))
                 # Without a pause the load would outrun the ledger until the service answers 429.
                 await wait_until_drained(rig)
             side.rates.append(len(load) * BATCH * 1e9 / result.took)

@@ -60,7 +60,7 @@ async def measure_query(rig: Rig) -> Report:
 
             for side in (first, again):
                 async with rig.measured(side if turn else Side("warming up", "")):
-                    result = await put_load(rig.api_port, requests, connections=1, check=check)
+                    result = await put_load([rig.api_port], requests, connections=1, check=check)
                 answers += len(asked)
                 if turn:
                     side.rates.append(result.per_second)

@@ -32,6 +32,7 @@ POSTGRES_SETTINGS = {"shared_buffers": "1GB", "max_wal_size": "8GB"}
 # By Valkey's default of 64 MB it would write its append-only file anew every few seconds.
 VALKEY_SETTINGS = {"auto-aof-rewrite-min-size": "512mb"}
 BARE = "bare server"
+SECOND_API = "second api"
 
 COUNT_EVENTS = text("SELECT count(*), coalesce(sum(value), 0) FROM usage_events WHERE source = :source")
 COUNT_TOTALS = text("""
@@ -62,6 +63,13 @@ class Rig:
     @property
     def api_port(self) -> int:
         return int(self.stack.environment["TALLYSTICK_PORT"])
+
+    async def start_second_api(self) -> int:
+        """Start one more API process, as behind a balancer; its port. It ends with the rig."""
+        port = claim_port(0, SECOND_API)
+        await self.stack.start_process(SECOND_API, "serve", TALLYSTICK_PORT=str(port))
+        await self.stack.wait_for(SECOND_API, f"http://127.0.0.1:{port}/readyz")
+        return port
 
     @property
     def processes(self) -> dict[str, int]:

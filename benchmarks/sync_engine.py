@@ -36,7 +36,9 @@ class SyncEngine:
         given = (stack.environment["DATABASE_URL"], stack.environment["STRIPE_WEBHOOK_SECRET"])
         await stack.start_command(NAME, "node", str(SERVER), str(folder), str(port), *given)
         await stack.wait_for(NAME, f"http://127.0.0.1:{port}/")
-        return http_lane(self.side, port, self.events.make, _expect_received, connections=connections, first_guess=400)
+        return http_lane(
+            self.side, [port], self.events.make, _expect_received, connections=connections, first_guess=400
+        )
 
     async def check(self) -> None:
         """Raise `CheckFailed` unless it has every object that it was told of."""

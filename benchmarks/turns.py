@@ -35,7 +35,7 @@ async def take_turns(rig: Rig, lanes: Sequence[Lane], description: str) -> None:
 
 def http_lane(
     side: Side,
-    port: int,
+    ports: Sequence[int],
     make: Callable[[int], Sequence[bytes]],
     check: Check,
     *,
@@ -51,7 +51,7 @@ def http_lane(
 
         async def run() -> Result:
             nonlocal per_second
-            result = await put_load(port, requests, connections=connections, check=check)
+            result = await put_load(ports, requests, connections=connections, check=check)
             per_second = result.per_second
             return result
 

@@ -56,7 +56,7 @@ async def _measure_ingest(rig: Rig, name: str, events: int, connections: int, *,
     lanes = [
         http_lane(
             Side("tallystick", "requests/s"),
-            rig.api_port,
+            [rig.api_port],
             partial(requests.make, events=events),
             expect_accepted(events),
             connections=connections,
@@ -65,7 +65,7 @@ async def _measure_ingest(rig: Rig, name: str, events: int, connections: int, *,
         ),
         http_lane(
             Side("a route that only reads", "requests/s"),
-            rig.bare_port,
+            [rig.bare_port],
             partial(bare.make, events=events),
             _expect_read,
             connections=connections,
@@ -144,7 +144,7 @@ async def _sustain(
                 await asyncio.sleep(0.01)
                 continue
             chunk = requests.make(REQUESTS_A_LOOK, BATCH)
-            result = await put_load(rig.api_port, chunk, connections=BATCH_CONNECTIONS, check=expect_accepted(BATCH))
+            result = await put_load([rig.api_port], chunk, connections=BATCH_CONNECTIONS, check=expect_accepted(BATCH))
             latencies += result.latencies
         await wait_until_drained(rig)
         took = perf_counter_ns() - started

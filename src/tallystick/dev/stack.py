@@ -89,16 +89,16 @@ class Stack:
         with _environment(self.environment):
             return load_settings()
 
-    async def start_process(self, name: str, *arguments: str) -> None:
-        """Start `tallystick ARGUMENTS`."""
-        await self.start_command(name, sys.executable, "-m", "tallystick", *arguments)
+    async def start_process(self, name: str, *arguments: str, **other: str) -> None:
+        """Start `tallystick ARGUMENTS`, in the stack's environment but for `other`."""
+        await self.start_command(name, sys.executable, "-m", "tallystick", *arguments, **other)
 
-    async def start_command(self, name: str, *command: str) -> None:
+    async def start_command(self, name: str, *command: str, **other: str) -> None:
         """Start a command, logging to a file, in its own session: Ctrl-C reaches us, and we stop it."""
         with self.log_file(name).open("ab") as log:
             self.processes[name] = await asyncio.create_subprocess_exec(
                 *command,
-                env=os.environ | self.environment,
+                env=os.environ | self.environment | other,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
