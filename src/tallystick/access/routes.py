@@ -77,6 +77,9 @@ class CustomerAccess(BaseModel):
     entitlements: list[str] = Field(description="The lookup keys of its active entitlements at Stripe.")
 
 
+# Caches may keep an answer for its caller, and must ask whether it still holds.
+CACHING = [(b"cache-control", b"private, no-cache"), (b"vary", b"Authorization")]
+
 # In the order of ANSWER, as a row has them.
 ACCESS_FIELDS = tuple(CustomerAccess.model_fields)
 
@@ -153,16 +156,16 @@ class AccessReader:
         """Answer all who ask, up to a hundred with one statement, until nobody waits."""
         while self._asked:
             asked, self._asked = self._asked[:MAX_CUSTOMERS], self._asked[MAX_CUSTOMERS:]
-            # What went wrong belongs to each of those who asked, and not to this task.
-            outcomes = await asyncio.gather(self._read({ref for ref, _ in asked}), return_exceptions=True)
-            outcome = outcomes[0]
-            for ref, found in asked:
-                if found.done():
-                    continue  # its caller has gone away
-                if isinstance(outcome, BaseException):
-                    found.set_exception(outcome)
-                else:
-                    found.set_result(outcome.get(ref))
+            try:
+                rows = await self._read({ref for ref, _ in asked})
+            except Exception as error:  # noqa: BLE001  it belongs to each of those who asked, and not to this task
+                for _, found in asked:
+                    if not found.done():
+                        found.set_exception(error)
+            else:
+                for ref, found in asked:
+                    if not found.done():  # done: its caller has gone away
+                        found.set_result(rows.get(ref))
         self._reading = None
 
     async def _read(self, refs: Collection[str]) -> dict[str, db.Row]:
@@ -188,11 +191,10 @@ async def get_access(request: Request) -> Response:
         raise UnknownCustomer(ref)
     body = _write_access(row)
     etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
-    # Caches may keep it for this caller, and must ask whether it still holds.
-    headers = {"ETag": etag, "Cache-Control": "private, no-cache", "Vary": "Authorization"}
-    if _is_known(etag, request.headers.getlist("if-none-match")):
-        return Response(status_code=304, headers=headers)
-    return Response(body, headers=headers, media_type="application/json")
+    is_known = _is_known(etag, request.headers.getlist("if-none-match"))
+    answer = Response(status_code=304) if is_known else Response(body, media_type="application/json")
+    answer.raw_headers += [(b"etag", etag.encode()), *CACHING]
+    return answer
 
 
 @router.post("/v1/access", dependencies=[Depends(require_scope("access:read"))])
