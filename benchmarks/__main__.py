@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -77,11 +78,14 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     arguments = parser.parse_args()
     console = Console(stderr=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is stopped then, as by Ctrl-C
     names = list(BENCHMARKS) if arguments.name == "all" else [arguments.name]
     try:
         reports = [run_async(run_benchmark(name, arguments, console)) for name in names]
     except (CheckFailed, WrongAnswer) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted; everything that was started is stopped.")
     if arguments.json:
         print(json.dumps([report.figures() for report in reports], ensure_ascii=False, indent=2))
     else:

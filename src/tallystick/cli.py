@@ -85,6 +85,7 @@ def demo(
     """Play a month of business on embedded parts and prove that every invoice equals what was accepted."""
     from tallystick.dev.demo import play_month
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the parts are stopped then, as by Ctrl-C
     report = run_async(play_month(seed=seed, customers=customers, console=err))
     if json_:
         out.print_json(json.dumps(report.as_json()))
