@@ -11,7 +11,8 @@ A crash before 3 is done leaves the caller without an answer, so it sends again;
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
+from time import monotonic
 
 import msgspec
 import structlog
@@ -37,7 +38,7 @@ log = structlog.get_logger()
 MAX_BODY_BYTES = 1024 * 1024
 
 # A Redis that does not answer costs each request its time-out; one request in this long is enough to see it come back.
-LEAVE_REDIS_ALONE = timedelta(seconds=2)
+LEAVE_REDIS_ALONE_SECONDS = 2.0
 
 # Finding a labelled counter costs more than adding to it.
 COUNTERS = {result: USAGE_EVENTS.labels(result) for result in ("accepted", "duplicate", "conflict")}
@@ -51,15 +52,15 @@ CONFLICT_MESSAGE = "This id was sent before with another body; the first one cou
 class Breaker:
     """Whether this process leaves Redis alone for a moment, because it did not answer."""
 
-    until: datetime = datetime.min.replace(tzinfo=UTC)  # noqa: RUF009  a constant
+    until: float = 0  # of `monotonic`
 
-    def open(self, now: datetime) -> None:
-        """Leave Redis alone from now on, for a while."""
-        self.until = now + LEAVE_REDIS_ALONE
+    def open(self) -> None:
+        """Leave Redis alone from now on, for a while: counted from the end of the call that it did not answer."""
+        self.until = monotonic() + LEAVE_REDIS_ALONE_SECONDS
 
-    def is_open(self, now: datetime) -> bool:
+    def is_open(self) -> bool:
         """Whether to go to the ledger directly."""
-        return now < self.until
+        return monotonic() < self.until
 
 
 async def receive_usage(request: Request) -> Response:
@@ -187,14 +188,14 @@ async def _keep(request: Request, events: list[UsageEvent], now: datetime) -> Se
     resources: Resources = request.app.state.resources
     buffer: Buffer = request.app.state.buffer
     breaker: Breaker = request.app.state.breaker
-    if breaker.is_open(now):
+    if breaker.is_open():
         return await _record_directly(resources, events, now)
     try:
         claims = await buffer.append(events, now)
     except BufferUnavailable as error:
         # Redis may hold the batch all the same. The ledger recognises the second copy, whichever of the two comes
         # first.
-        breaker.open(now)
+        breaker.open()
         log.warning("usage_goes_to_the_ledger_directly", error=str(error))
         return await _record_directly(resources, events, now)
     BY_BUFFER.inc()
