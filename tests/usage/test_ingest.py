@@ -3,11 +3,14 @@
 import asyncio
 import gzip
 import json
+import os
+import signal
 import tracemalloc
 import zlib
 from collections.abc import MutableMapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from time import monotonic
 from typing import Any
 
 import httpx
@@ -27,7 +30,8 @@ from tallystick.usage.drain import drain
 from tallystick.usage.ingest import Breaker
 from tallystick.usage.meters import Meter, MeterCache, find_meters
 from tallystick.usage.restored import MARK
-from tests.conftest import FakeStripe, open_client
+from tests.conftest import FakeStripe, Servers, open_client
+from tests.slow import started
 from tests.usage.making import (
     METER,
     conservation,
@@ -103,7 +107,7 @@ async def test_a_meter_that_another_request_is_just_learning_of_is_not_called_un
     class Watched(MeterCache):
         def __setattr__(self, name: str, value: object) -> None:
             super().__setattr__(name, value)
-            if name == "asked_at" and value == NOW:
+            if name == "ask_again_at" and value:
                 meanwhile.append(asyncio.create_task(find_meters(self, resources, {"new_meter"}, NOW)))
 
     await fake_stripe.client.v1.billing.meters.create_async(
@@ -112,6 +116,38 @@ async def test_a_meter_that_another_request_is_just_learning_of_is_not_called_un
     assert (await find_meters(Watched(), resources, {"new_meter"}, NOW)).keys() == {"new_meter"}
     (other,) = meanwhile
     assert (await other).keys() == {"new_meter"}
+
+
+async def test_a_name_that_nobody_knows_does_not_make_a_new_meter_unknown(
+    client: httpx.AsyncClient, fake_stripe: FakeStripe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a name that Stripe was asked for is refused; for the others it is soon time to ask again."""
+    assert (await client.post("/v1/usage", json=event(meter="misspelt"))).status_code == 422
+    await fake_stripe.client.v1.billing.meters.create_async(
+        {"display_name": "New", "event_name": "new_meter", "default_aggregation": {"formula": "sum"}}
+    )
+    assert (await client.post("/v1/usage", json=event(meter="misspelt"))).status_code == 422
+    soon = await client.post("/v1/usage", json=event(meter="new_meter"))
+    assert (soon.status_code, soon.headers["retry-after"]) == (503, "1")
+    monkeypatch.setattr("tallystick.usage.meters.monotonic", lambda: monotonic() + 1)
+    assert (await client.post("/v1/usage", json=event(meter="new_meter"))).status_code == 202
+
+
+async def test_a_redis_that_hangs_is_left_alone_from_the_end_of_the_call_on(
+    resources: Resources, api_key: str, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its time-out is longer than it is left alone: counted from the call's begin, each request would wait for it."""
+    monkeypatch.setattr("tallystick.redis_client.SOCKET_TIMEOUT_SECONDS", 0.6)
+    monkeypatch.setattr("tallystick.usage.ingest.LEAVE_REDIS_ALONE_SECONDS", 0.5)
+    assert servers.valkey.pid is not None
+    async with started(resources) as app, open_client(app, api_key) as client:
+        assert (await client.post("/v1/usage", json=event("a"))).status_code == 202
+        os.kill(servers.valkey.pid, signal.SIGSTOP)
+        try:
+            assert (await client.post("/v1/usage", json=event("b"))).status_code == 202
+            assert app.state.breaker.is_open()
+        finally:
+            os.kill(servers.valkey.pid, signal.SIGCONT)
 
 
 async def test_while_stripe_cannot_be_asked_an_unknown_meter_is_not_refused_but_to_be_sent_again(

@@ -1,9 +1,10 @@
 """Stripe's meters: which names usage may be posted for, and how each is told to Stripe."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from time import monotonic
 
 import structlog
 from sqlalchemy import text
@@ -19,8 +20,11 @@ log = structlog.get_logger()
 
 # How long a change in the table may take to be seen by a process.
 READ_EVERY = timedelta(seconds=15)
-# A name that nobody knows must not become a call to Stripe for each event that carries it.
-ASK_STRIPE_EVERY = timedelta(seconds=10)
+# A name that nobody knows must not become a call to Stripe for each event that carries it: it is believed to be unknown
+# for a while, and names that are made up anew each time wait for each other.
+BELIEVED_MISSING_SECONDS = 10.0
+ASK_STRIPE_EVERY_SECONDS = 1.0
+MISSING_REMEMBERED = 1_000
 # Of the requests that a process works on at once (crowd.py): a Stripe that hangs must not stop the rest of usage.
 MAX_ASKING = 8
 
@@ -84,8 +88,17 @@ class MeterCache:
 
     meters: dict[str, Meter] = field(default_factory=dict)
     read_at: datetime = LONG_AGO
-    asked_at: datetime = LONG_AGO
+    missing: dict[str, float] = field(default_factory=dict)  # name → until when it is believed to be
+    ask_again_at: float = 0  # of `monotonic`, as those are
     asking: int = 0
+
+    def believes_missing(self, name: str) -> bool:
+        return monotonic() < self.missing.get(name, 0)
+
+    def note_missing(self, names: Iterable[str]) -> None:
+        if len(self.missing) >= MISSING_REMEMBERED:
+            self.missing.clear()
+        self.missing |= dict.fromkeys(names, monotonic() + BELIEVED_MISSING_SECONDS)
 
 
 async def find_meters(cache: MeterCache, resources: Resources, names: set[str], now: datetime) -> dict[str, Meter]:
@@ -96,9 +109,9 @@ async def find_meters(cache: MeterCache, resources: Resources, names: set[str], 
     """
     if now - cache.read_at >= READ_EVERY:
         await _read_table(cache, resources, now)
-    if names <= cache.meters.keys() or now - cache.asked_at < ASK_STRIPE_EVERY:
+    if all(name in cache.meters or cache.believes_missing(name) for name in names):
         return {name: cache.meters[name] for name in names & cache.meters.keys()}
-    if cache.asking >= MAX_ASKING:
+    if cache.asking >= MAX_ASKING or monotonic() < cache.ask_again_at:
         raise Unavailable(
             "A meter is not known here, and Stripe is being asked for others.",
             type="stripe-unavailable",
@@ -116,7 +129,9 @@ async def find_meters(cache: MeterCache, resources: Resources, names: set[str], 
     finally:
         cache.asking -= 1
     await _read_table(cache, resources, now)
-    cache.asked_at = now  # not sooner: whoever came meanwhile would take a new meter for an unknown one
+    # Not sooner: whoever came meanwhile would take a new meter for an unknown one.
+    cache.note_missing(names - cache.meters.keys())
+    cache.ask_again_at = monotonic() + ASK_STRIPE_EVERY_SECONDS
     return {name: cache.meters[name] for name in names & cache.meters.keys()}
 
 
