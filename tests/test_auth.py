@@ -83,6 +83,12 @@ async def test_a_scope_that_does_not_exist_is_refused_by_name(resources: Resourc
         await make_key(resources, scopes=["usage:all"])
 
 
+@pytest.mark.parametrize("source", ["", "x" * 101, "a\x01b"])
+async def test_a_source_that_the_ledger_could_not_keep_is_refused(resources: Resources, source: str) -> None:
+    with pytest.raises(ValueError, match="the source must have 1 to 100 characters"):
+        await make_key(resources, source=source)
+
+
 async def test_every_v1_route_needs_a_key(app: FastAPI, anonymous: httpx.AsyncClient) -> None:
     asked = 0
     for path, operations in app.openapi()["paths"].items():

@@ -36,6 +36,9 @@ ASK_AGAIN_AFTER = timedelta(seconds=5)
 CACHE_SIZE = 10_000
 NOTE_USE_EVERY = timedelta(minutes=1)
 
+# The source stands with each event's id in the ledger's indexes, and `?source=` takes no more.
+MAX_NAME = 100
+
 KEY_PREFIX = "tsk_"
 KEY_ID = re.compile(r"[0-9a-f]{12}")  # as `create_key` makes them
 NOT_VALID = "The API key is not valid. It may have been revoked, or have expired."
@@ -118,11 +121,15 @@ async def create_key(
 ) -> str:
     """Make a key and return its text, the only time that it can be seen.
 
-    `scopes` are of `SCOPES`; `limit_per_second` counts requests in each process of the API. Raises `ValueError`.
+    `name` and `source` have up to 100 printable characters, `scopes` are of `SCOPES`; `limit_per_second` counts
+    requests in each process of the API. Raises `ValueError`.
     """
     unknown = sorted(set(scopes) - set(SCOPES))
     if unknown:
         raise ValueError(f"unknown scope {unknown[0]!r}; there are: {', '.join(SCOPES)}")
+    for what, given in (("name", name), ("source", source)):
+        if not 1 <= len(given) <= MAX_NAME or not given.isprintable():
+            raise ValueError(f"the {what} must have 1 to {MAX_NAME} characters, all of them printable")
     if holds_card_number(name) or holds_card_number(source):
         raise ValueError("the name or the source looks like a card number, and card numbers are not kept here")
     key_id, secret = secrets.token_hex(6), _new_secret()
