@@ -167,3 +167,50 @@ async def test_a_body_that_never_ends_is_refused_early(client: httpx.AsyncClient
     answer = await client.request("PUT" if "customers" in path else "POST", path, content=pour())
     assert (answer.status_code, answer.json()["type"]) == (413, "urn:tallystick:problem:too-large")
     assert sent < 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "said"),
+    [
+        (
+            "/v1/usage?customer=acme&form=2026-11-01",
+            "form",
+            "There is no query parameter 'form'; there are: customer, m",
+        ),
+        ("/v1/customers/acme?ref=acme", "ref", "There is no query parameter 'ref'; there is none."),
+        ("/v1/usage?customer=acme&from=2026-11-01T00:00:00+01:00", "from", "in a URL, + is written as %2B"),
+        ("/v1/usage?customer=acme&to=2026-11-01T00:00:00", "to", "It must be a time with its zone"),
+    ],
+)
+async def test_a_query_that_means_something_else_is_refused(
+    client: httpx.AsyncClient, path: str, field: str, said: str
+) -> None:
+    answer = await client.get(path)
+    assert (answer.status_code, answer.json()["field"]) == (422, field)
+    assert said in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "said"),
+    [
+        (b'{"customer": "acme"}', {}, 415, "Send the body with the header Content-Type: application/json."),
+        (b"[]", {"Content-Type": "application/json"}, 422, "It must be a JSON object."),
+        (
+            b'{"customer": "acme", "flow_data": {"type": "subscription_cancel"}}',
+            {"Content-Type": "application/json"},
+            422,
+            "The type subscription_cancel needs subscription_cancel.",
+        ),
+    ],
+)
+async def test_what_is_wrong_with_a_body_is_said_in_plain_words(
+    client: httpx.AsyncClient, body: bytes, headers: dict[str, str], status: int, said: str
+) -> None:
+    answer = await client.post("/v1/portal/sessions", content=body, headers=headers)
+    assert (answer.status_code, answer.json()["detail"]) == (status, said)
+
+
+async def test_a_405_names_every_method_of_the_path(client: httpx.AsyncClient) -> None:
+    answer = await client.delete("/v1/usage")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, POST")
+    assert answer.json()["detail"] == "There is no 'DELETE' here; there are: GET, POST."

@@ -1,12 +1,12 @@
 """The HTTP application: routers, what is open while it runs, and errors as `application/problem+json` (RFC 9457)."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 import structlog
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -24,7 +24,7 @@ from tallystick.config import Settings
 from tallystick.crowd import Crowd
 from tallystick.db import is_storage_failure
 from tallystick.end_users import EndUsers
-from tallystick.errors import PROBLEM_MEDIA_TYPE, InvalidRequest, NotFound, Problem, Unavailable
+from tallystick.errors import PROBLEM_MEDIA_TYPE, InvalidRequest, NotFound, Problem, Unavailable, Unsupported
 from tallystick.json_faults import explain
 from tallystick.limits import Limiter
 from tallystick.logs import describe_error
@@ -111,14 +111,17 @@ def create_app(settings: Settings) -> FastAPI:
     ]
     # FastAPI answers another method on their paths with 405.
     app.router.routes += plain_routes
-    app.include_router(usage_routes.router)
-    app.include_router(correction_routes.router)
-    app.include_router(quota.router)
-    app.include_router(parked_routes.router)
-    app.include_router(access_routes.router)
-    app.include_router(access_links.router)
-    app.include_router(webhook_routes.router)
-    app.include_router(portal_sessions.router)
+    for routes in (
+        usage_routes,
+        correction_routes,
+        quota,
+        parked_routes,
+        access_routes,
+        access_links,
+        webhook_routes,
+        portal_sessions,
+    ):
+        app.include_router(routes.router, dependencies=[Depends(refuse_unknown_parameters)])
     describe_plain_routes(app)
 
     # Around all that FastAPI builds: an answer to an unforeseen error is one of its answers too.
@@ -131,6 +134,17 @@ def create_app(settings: Settings) -> FastAPI:
 
     app.build_middleware_stack = build_around  # type: ignore[method-assign]
     return app
+
+
+def refuse_unknown_parameters(request: Request) -> None:
+    """Raise `InvalidRequest` for a query parameter that the route does not know: misspelt, it would be left out."""
+    if not request.query_params:
+        return
+    known = [parameter.alias for parameter in request.scope["route"].dependant.query_params]
+    for name in request.query_params:
+        if name not in known:
+            there_are = f"there are: {', '.join(known)}" if known else "there is none"
+            raise InvalidRequest(f"There is no query parameter {name!a}; {there_are}.", field=name)
 
 
 async def notice_restore(resources: Resources) -> None:
@@ -163,9 +177,29 @@ async def answer_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     if isinstance(error.__cause__, ValueError):
         return _answer_unreadable(request, error.__cause__)
-    found = [{"field": _field(problem["loc"]), "message": str(problem["msg"])} for problem in error.errors()]
+    problems = error.errors()
+    if any(problem["loc"] == ("body",) and isinstance(problem.get("input"), bytes) for problem in problems):
+        return NOT_SAID_TO_BE_JSON.answer()
+    found = [{"field": _field(problem["loc"]), "message": _say_plainly(problem)} for problem in problems]
     problem = InvalidRequest(found[0]["message"], field=found[0]["field"])
     return JSONResponse(problem.body() | {"errors": found}, problem.status, media_type=PROBLEM_MEDIA_TYPE)
+
+
+NOT_SAID_TO_BE_JSON = Unsupported(
+    "Send the body with the header Content-Type: application/json.",
+    type="unsupported-media-type",
+    header=("Accept", "application/json"),
+)
+A_TIME = "It must be a time with its zone, as 2026-11-01T00:00:00Z; in a URL, + is written as %2B."
+
+
+def _say_plainly(problem: Mapping[str, Any]) -> str:
+    """What is wrong with a value: pydantic's words, where those do not speak of Python."""
+    if problem["type"].startswith(("datetime_", "timezone_")):
+        return A_TIME
+    if problem["type"] == "model_attributes_type":
+        return "It must be a JSON object."
+    return str(problem["msg"]).removeprefix("Value error, ")
 
 
 def _field(location: Any) -> str:
@@ -190,8 +224,21 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
         return await answer_problem(request, NotFound(f"There is no {request.url.path!a}; see /docs."))
     if isinstance(error.__cause__, ValueError | RecursionError):
         return _answer_unreadable(request, error.__cause__)
+    if error.status_code == 405:
+        return _answer_wrong_method(request, error)
     problem = InvalidRequest(error.detail, status=error.status_code, type="http-error")
     return JSONResponse(problem.body(), problem.status, error.headers, PROBLEM_MEDIA_TYPE)
+
+
+def _answer_wrong_method(request: Request, error: HTTPException) -> Response:
+    # Each route of a path knows only its own method; whoever answers is to name all (RFC 9110, 15.5.6).
+    operations = request.app.openapi()["paths"].get(_route(request), {})
+    own = (error.headers or {}).get("Allow", "").split(", ")
+    methods = ", ".join(sorted({*own, *(method.upper() for method in operations)}))
+    problem = InvalidRequest(
+        f"There is no {request.method!a} here; there are: {methods}.", status=405, type="http-error"
+    )
+    return JSONResponse(problem.body(), problem.status, {"Allow": methods}, PROBLEM_MEDIA_TYPE)
 
 
 async def answer_storage_error(request: Request, error: Exception) -> Response:

@@ -218,6 +218,16 @@ class Rules(_Section):
         return meters
 
 
+# What each entry of the file is made of.
+SECTIONS: dict[int | str, type[BaseModel]] = {
+    "access": AccessRules,
+    "webhooks": WebhookEndpoint,
+    "notifications": NotificationEndpoint,
+    "meters": MeterRules,
+    "usage": UsageRules,
+}
+
+
 def load_rules(path: Path | None) -> Rules:
     """Read the file; the defaults without one. Raises `SettingsError` whose one line names the file and the key."""
     if path is None:
@@ -230,6 +240,9 @@ def load_rules(path: Path | None) -> Rules:
         problem = error.errors(include_input=False, include_url=False)[0]
         key = ".".join(str(part) for part in problem["loc"])
         message = str(problem["msg"]).removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            section = SECTIONS.get(problem["loc"][0], Rules) if len(problem["loc"]) > 1 else Rules
+            message = f"there is no such entry; there are: {', '.join(section.model_fields)}"
         raise SettingsError(f"TALLYSTICK_RULES_FILE {path}: {key}: {message}") from None
 
 

@@ -73,7 +73,7 @@ def test_the_rules_of_meters_are_read(rules_file: Path) -> None:
         ('properties = ["a", "a"]', "named twice"),
         (f"properties = {list('abcdefghijk')}", "at most 10"),
         ('properties = ["a\\u0000"]', "pattern"),
-        ("unheard_of = 1", "not permitted"),
+        ("unheard_of = 1", "there is no such entry; there are: sender, price"),
         (
             'sender = "usage_records"\nprice = "price_1"\n[meters.b]\nsender = "usage_records"\nprice = "price_1"',
             "same",

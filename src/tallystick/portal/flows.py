@@ -54,8 +54,10 @@ class AfterCompletion(_Part):
 
     @model_validator(mode="after")
     def _parts_fit_the_type(self) -> Self:
-        if (self.redirect is not None) is not (self.type == "redirect"):
-            raise ValueError("redirect is given with the type redirect, and only then")
+        if self.redirect is None and self.type == "redirect":
+            raise ValueError("The type redirect needs redirect.")
+        if self.redirect is not None and self.type != "redirect":
+            raise ValueError("redirect is given with the type redirect only.")
         if self.hosted_confirmation is not None and self.type != "hosted_confirmation":
             raise ValueError("hosted_confirmation is given with the type hosted_confirmation only")
         return self
@@ -139,8 +141,10 @@ class FlowData(_Part):
     def _parts_fit_the_type(self) -> Self:
         parts = ("subscription_cancel", "subscription_pause", "subscription_update", "subscription_update_confirm")
         for name in parts:
-            if (getattr(self, name) is not None) is not (self.type == name):
-                raise ValueError(f"{name} is given with the type {name}, and only then")
+            if getattr(self, name) is None and self.type == name:
+                raise ValueError(f"The type {name} needs {name}.")
+            if getattr(self, name) is not None and self.type != name:
+                raise ValueError(f"{name} is given with the type {name} only.")
         return self
 
     @property
