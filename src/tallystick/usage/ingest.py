@@ -38,7 +38,7 @@ log = structlog.get_logger()
 MAX_BODY_BYTES = 1024 * 1024
 
 # A Redis that does not answer costs each request its time-out; one request in this long is enough to see it come back.
-LEAVE_REDIS_ALONE_SECONDS = 2.0
+LEAVE_REDIS_ALONE_SECONDS = 2
 
 # Finding a labelled counter costs more than adding to it.
 COUNTERS = {result: USAGE_EVENTS.labels(result) for result in ("accepted", "duplicate", "conflict")}

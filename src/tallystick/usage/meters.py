@@ -22,8 +22,8 @@ log = structlog.get_logger()
 READ_EVERY = timedelta(seconds=15)
 # A name that nobody knows must not become a call to Stripe for each event that carries it: it is believed to be unknown
 # for a while, and names that are made up anew each time wait for each other.
-BELIEVED_MISSING_SECONDS = 10.0
-ASK_STRIPE_EVERY_SECONDS = 1.0
+BELIEVED_MISSING_SECONDS = 10
+ASK_STRIPE_EVERY_SECONDS = 1
 MISSING_REMEMBERED = 1_000
 # Of the requests that a process works on at once (crowd.py): a Stripe that hangs must not stop the rest of usage.
 MAX_ASKING = 8
