@@ -114,6 +114,12 @@ def test_the_services_settings_are_settings(compose: dict[str, Any], monkeypatch
         Settings()  # type: ignore[call-arg]  # everything is read from the environment
 
 
+def test_every_service_reads_the_optional_settings_and_can_only_read_the_rules(compose: dict[str, Any]) -> None:
+    for service in own_services(compose).values():
+        assert service["env_file"] == [{"path": "tallystick.env", "required": False}]
+        assert service["volumes"] == ["./rules:/etc/tallystick:ro"]
+
+
 def test_valkey_keeps_what_was_accepted(compose: dict[str, Any]) -> None:
     command = compose["services"]["valkey"]["command"]
     options = dict(zip(command[1::2], command[2::2], strict=True))
