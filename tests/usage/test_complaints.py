@@ -1,10 +1,10 @@
 """Ten ways in which usage or its billing is known to go wrong elsewhere, by number. None may be possible here."""
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from math import inf
 from typing import Any
 
 import httpx
@@ -150,7 +150,7 @@ async def test_complaint_4_one_bad_event_does_not_fail_its_batch(api: httpx.Asyn
 async def test_complaint_4_no_half_of_a_batch_is_committed(
     api: httpx.AsyncClient, app: FastAPI, resources: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app.state.breaker.until = inf  # the ledger is written directly
+    app.state.breaker.until = sys.maxsize  # the ledger is written directly
     batch = [use(f"e{number}", at=last_hour() - timedelta(hours=number)) for number in range(5)]
     totals = "SELECT count(*) FROM usage_totals"
     with monkeypatch.context() as patch:
@@ -172,7 +172,7 @@ async def test_complaint_5_a_retry_without_a_timestamp_counts_once_even_across_m
     assert (await post(api, use("buffered"), use("both ways")))[1] == 2
     clock.stands_at = midnight + timedelta(seconds=1)
     assert (await post(api, use("buffered")))[2] == 1
-    app.state.breaker.until = inf
+    app.state.breaker.until = sys.maxsize
     assert (await post(api, use("both ways"), use("direct")))[0] == 202
     assert await counted(resources) == (3, 3)
     clock.stands_at = midnight + timedelta(hours=1)
@@ -310,7 +310,7 @@ async def test_complaint_10_the_ids_of_one_source_are_not_those_of_another(
     assert (await post(api, use("a")))[1] == 1
     async with open_client(app, other) as client:
         assert (await post(client, use("a", "2")))[1] == 1
-        app.state.breaker.until = inf
+        app.state.breaker.until = sys.maxsize
         assert (await post(client, use("b")))[1] == 1
     assert (await post(api, use("b", "4")))[1] == 1
     assert await counted(resources) == (8, 4)

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import MutableMapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from time import monotonic
+from time import monotonic_ns
 from typing import Any
 
 import httpx
@@ -129,7 +129,7 @@ async def test_a_name_that_nobody_knows_does_not_make_a_new_meter_unknown(
     assert (await client.post("/v1/usage", json=event(meter="misspelt"))).status_code == 422
     soon = await client.post("/v1/usage", json=event(meter="new_meter"))
     assert (soon.status_code, soon.headers["retry-after"]) == (503, "1")
-    monkeypatch.setattr("tallystick.usage.meters.monotonic", lambda: monotonic() + 1)
+    monkeypatch.setattr("tallystick.usage.meters.monotonic_ns", lambda: monotonic_ns() + 10**9)
     assert (await client.post("/v1/usage", json=event(meter="new_meter"))).status_code == 202
 
 
@@ -138,7 +138,7 @@ async def test_a_redis_that_hangs_is_left_alone_from_the_end_of_the_call_on(
 ) -> None:
     """Its time-out is longer than it is left alone: counted from the call's begin, each request would wait for it."""
     monkeypatch.setattr("tallystick.redis_client.SOCKET_TIMEOUT_SECONDS", 0.6)
-    monkeypatch.setattr("tallystick.usage.ingest.LEAVE_REDIS_ALONE_SECONDS", 0.5)
+    monkeypatch.setattr("tallystick.usage.ingest.LEAVE_REDIS_ALONE_NS", 5 * 10**8)
     assert servers.valkey.pid is not None
     async with started(resources) as app, open_client(app, api_key) as client:
         assert (await client.post("/v1/usage", json=event("a"))).status_code == 202

@@ -1,9 +1,9 @@
 """`[meters.NAME]` of the rules file: what may be in it, and what it means for usage that is sent."""
 
+import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from decimal import Decimal
-from math import inf
 from pathlib import Path
 
 import httpx
@@ -177,7 +177,7 @@ async def test_on_the_direct_path_the_rules_hold_too(
     ruled: tuple[httpx.AsyncClient, FastAPI], resources: Resources
 ) -> None:
     client, application = ruled
-    application.state.breaker.until = inf
+    application.state.breaker.until = sys.maxsize
     answer = await client.post("/v1/usage", json=event("1", "users", properties={"user": "ann"}))
     assert answer.status_code == 202
     assert await read_all(resources, "SELECT aggregation, quantity FROM usage_totals") == [("unique_count", 1)]

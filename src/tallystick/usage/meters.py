@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from time import monotonic
+from time import monotonic_ns
 
 import structlog
 from sqlalchemy import text
@@ -22,8 +22,8 @@ log = structlog.get_logger()
 READ_EVERY = timedelta(seconds=15)
 # A name that nobody knows must not become a call to Stripe for each event that carries it: it is believed to be unknown
 # for a while, and names that are made up anew each time wait for each other.
-BELIEVED_MISSING_SECONDS = 10
-ASK_STRIPE_EVERY_SECONDS = 1
+BELIEVED_MISSING_NS = 10 * 10**9
+ASK_STRIPE_EVERY_NS = 10**9
 MISSING_REMEMBERED = 1_000
 # Of the requests that a process works on at once (crowd.py): a Stripe that hangs must not stop the rest of usage.
 MAX_ASKING = 8
@@ -88,17 +88,17 @@ class MeterCache:
 
     meters: dict[str, Meter] = field(default_factory=dict)
     read_at: datetime = LONG_AGO
-    missing: dict[str, float] = field(default_factory=dict)  # name → until when it is believed to be
-    ask_again_at: float = 0  # of `monotonic`, as those are
+    missing: dict[str, int] = field(default_factory=dict)  # name → until when it is believed to be
+    ask_again_at: int = 0  # of `monotonic_ns`, as those are
     asking: int = 0
 
     def believes_missing(self, name: str) -> bool:
-        return monotonic() < self.missing.get(name, 0)
+        return monotonic_ns() < self.missing.get(name, 0)
 
     def note_missing(self, names: Iterable[str]) -> None:
         if len(self.missing) >= MISSING_REMEMBERED:
             self.missing.clear()
-        self.missing |= dict.fromkeys(names, monotonic() + BELIEVED_MISSING_SECONDS)
+        self.missing |= dict.fromkeys(names, monotonic_ns() + BELIEVED_MISSING_NS)
 
 
 async def find_meters(cache: MeterCache, resources: Resources, names: set[str], now: datetime) -> dict[str, Meter]:
@@ -111,7 +111,7 @@ async def find_meters(cache: MeterCache, resources: Resources, names: set[str], 
         await _read_table(cache, resources, now)
     if all(name in cache.meters or cache.believes_missing(name) for name in names):
         return {name: cache.meters[name] for name in names & cache.meters.keys()}
-    if cache.asking >= MAX_ASKING or monotonic() < cache.ask_again_at:
+    if cache.asking >= MAX_ASKING or monotonic_ns() < cache.ask_again_at:
         raise Unavailable(
             "A meter is not known here, and Stripe is being asked for others.",
             type="stripe-unavailable",
@@ -131,7 +131,7 @@ async def find_meters(cache: MeterCache, resources: Resources, names: set[str], 
     await _read_table(cache, resources, now)
     # Not sooner: whoever came meanwhile would take a new meter for an unknown one.
     cache.note_missing(names - cache.meters.keys())
-    cache.ask_again_at = monotonic() + ASK_STRIPE_EVERY_SECONDS
+    cache.ask_again_at = monotonic_ns() + ASK_STRIPE_EVERY_NS
     return {name: cache.meters[name] for name in names & cache.meters.keys()}
 
 
