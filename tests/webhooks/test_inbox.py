@@ -12,7 +12,8 @@ from tallystick import db
 from tallystick.errors import StorageFailed
 from tallystick.metrics import REGISTRY
 from tallystick.resources import Resources
-from tallystick.webhooks.inbox import FAILURES_BEFORE_QUARANTINE, Inbox
+from tallystick.webhooks.failures import FAILURES_BEFORE_QUARANTINE
+from tallystick.webhooks.inbox import Inbox
 from tests.webhooks.stripe_events import (
     NOON,
     customer,

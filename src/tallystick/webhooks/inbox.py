@@ -16,14 +16,13 @@ import asyncio
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextvars import Context, copy_context
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from time import perf_counter
 from typing import Literal, NamedTuple
 
 import msgspec
 import structlog
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncConnection
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from structlog.contextvars import bind_contextvars
@@ -49,6 +48,7 @@ from tallystick.resources import Resources
 from tallystick.rules import AccessRules
 from tallystick.usage.error_reports import ErrorReport, note_error_reports
 from tallystick.usage.sealing_requests import request_seals
+from tallystick.webhooks.failures import count_failure
 from tallystick.webhooks.stale import note_stale
 from tallystick.webhooks.translate import Translation, translate
 from tallystick.webhooks.verification import StripeEvent, find_endpoint, is_served, read_event
@@ -78,11 +78,6 @@ ANSWER_WITHIN_SECONDS = 9
 # Nobody waits for what is not committed when the process stops: its requests were answered, or cut off.
 STOP_WITHIN_SECONDS = 2
 
-# Stripe tries again within minutes at first, and recovery each minute. Failures of our own making count an hour apart,
-# so that a release that is mended or taken back in time sets nothing aside.
-FAILURES_BEFORE_QUARANTINE = 5
-FAILURES_APART = timedelta(hours=1)
-
 # Also forgets earlier failures of the events, which are handled now, and locks the customers that they are about, those
 # of repeats among them.
 RECORD_EVENTS = text(f"""
@@ -99,13 +94,6 @@ RECORD_EVENTS = text(f"""
 # An id that two accounts use for different objects: only ids that people choose, as of products, can be alike.
 NOTE_FOREIGN = text("""
     UPDATE stripe_events SET verdict = 'quarantined', error = 'another account has this id' WHERE id = ANY(:ids)
-""")
-
-COUNT_FAILURE = text("""
-    INSERT INTO stripe_event_failures AS t (id, type, failures, error) VALUES (:id, :type, 1, :error)
-    ON CONFLICT (id) DO UPDATE SET failures = t.failures + 1, error = excluded.error, last_at = now()
-     WHERE t.last_at <= now() - CAST(:apart AS interval)
-    RETURNING failures
 """)
 
 
@@ -348,7 +336,9 @@ class Inbox:
         _log_error(one, "stripe_event_failed", **describe_error(error))
         try:
             async with asyncio.timeout(COMMIT_WITHIN_SECONDS), db.transaction(self._resources.engine) as connection:
-                quarantined = await _count_failure(connection, one.event, type(error).__name__)
+                quarantined = await count_failure(connection, one.event, type(error).__name__)
+                if quarantined:
+                    await _record(connection, [one.event], {one.event.id: Translation(unusable=type(error).__name__)})
         except db.STORAGE_ERRORS:
             self._fail([one], StorageFailed())
             return
@@ -378,13 +368,3 @@ def _give_up(committed: asyncio.Future[Verdict]) -> None:
 def _answer(committed: asyncio.Future[Verdict], verdict: Verdict) -> None:
     if not committed.done():
         committed.set_result(verdict)
-
-
-async def _count_failure(connection: AsyncConnection, event: StripeEvent, error: str) -> bool:
-    """Count a failure of ours to handle an event, if it is time to; true when it is now in quarantine."""
-    values = {"id": event.id, "type": event.type, "error": error, "apart": FAILURES_APART}
-    failures: int | None = await connection.scalar(COUNT_FAILURE, values)  # None: the last one is not an hour ago
-    if failures is None or failures < FAILURES_BEFORE_QUARANTINE:
-        return False
-    await _record(connection, [event], {event.id: Translation(unusable=error)})
-    return True
