@@ -138,6 +138,15 @@ def is_lock_timeout(error: DBAPIError) -> bool:
     return getattr(error.orig, "sqlstate", None) == "55P03"
 
 
+# PostgreSQL is there, and ended a statement that met a lock, took too long, or was in a deadlock.
+_HELD_UP = (asyncpg.LockNotAvailableError, asyncpg.QueryCanceledError, asyncpg.DeadlockDetectedError)
+
+
+def is_held_up(error: BaseException) -> bool:
+    """Whether a direct transaction failed by something that others may not meet: a row's lock, or a slow statement."""
+    return isinstance(error, _HELD_UP)
+
+
 STORAGE_ERRORS = (SQLAlchemyError, OSError, TimeoutError, asyncpg.PostgresError, *_CONNECTION_GONE)
 
 

@@ -10,6 +10,9 @@
 Nothing is written before 1 holds. What a crash leaves behind: before the commit, nothing, and Stripe sends again;
 between the commit and the answer, everything, and the repeat is a duplicate. There is no state in between, because the
 event's id and its effect are one transaction.
+
+One event must not take its batch along. A batch that met a lock or a slow statement is tried again in halves, with
+short limits, while somebody waits for it; one in which our own code failed, event by event.
 """
 
 import asyncio
@@ -75,6 +78,10 @@ RETRY_AFTER_SECONDS = 5
 # A transaction ends before the answer is due, and the answer before the 10 s after which a sender may have given up.
 COMMIT_WITHIN_SECONDS = 8
 ANSWER_WITHIN_SECONDS = 9
+# Parts of a batch that was held up: of 64 events the one whose customer is locked is alone after two seconds more. That
+# one has waited already, and whoever holds a lock as he should is done in some tens of milliseconds.
+AGAIN_LOCK_TIMEOUT_MS = 300
+AGAIN_STATEMENT_TIMEOUT_MS = 500
 # Nobody waits for what is not committed when the process stops: its requests were answered, or cut off.
 STOP_WITHIN_SECONDS = 2
 
@@ -94,6 +101,10 @@ RECORD_EVENTS = text(f"""
 # An id that two accounts use for different objects: only ids that people choose, as of products, can be alike.
 NOTE_FOREIGN = text("""
     UPDATE stripe_events SET verdict = 'quarantined', error = 'another account has this id' WHERE id = ANY(:ids)
+""")
+
+SHORTEN_LIMITS = text("""
+    SELECT set_config('lock_timeout', :lock_timeout, true), set_config('statement_timeout', :statement_timeout, true)
 """)
 
 
@@ -306,29 +317,42 @@ class Inbox:
         return [self._waiting.popleft() for _ in range(min(BATCH_SIZE, len(self._waiting)))]
 
     async def _settle(self, batch: list[_Waiting]) -> None:
-        try:
-            verdicts = await self._commit([one.event for one in batch])
-        except Exception as error:  # noqa: BLE001  the batch's edge: one bad event must not take the others along
-            if db.is_storage_failure(error):
-                log.warning("stripe_events_not_stored", events=len(batch), error=type(error).__name__)
-                self._fail(batch, StorageFailed())
-            elif len(batch) > 1:
-                for one in batch:
-                    await self._settle([one])
+        """Commit a batch, or those parts of it that can be committed."""
+        parts = deque([batch])
+        again = False
+        while parts:
+            part = parts.popleft()
+            if again and all(one.committed.done() for one in part):
+                continue  # they were answered meanwhile, and are sent again
+            try:
+                verdicts = await self._commit([one.event for one in part], again=again)
+            except Exception as error:  # noqa: BLE001  the batch's edge: one bad event must not take the others along
+                if db.is_held_up(error) and len(part) > 1:
+                    half = len(part) // 2
+                    parts += [part[:half], part[half:]]
+                elif db.is_storage_failure(error):
+                    log.warning("stripe_events_not_stored", events=len(part), error=type(error).__name__)
+                    self._fail(part, StorageFailed())
+                elif len(part) > 1:
+                    parts += [[one] for one in part]
+                else:
+                    await self._settle_failed(part[0], error)
             else:
-                await self._settle_failed(batch[0], error)
-            return
-        for one, verdict in zip(batch, verdicts, strict=True):
-            if verdict == "quarantined":
-                _log_error(one, "stripe_event_quarantined")
-            _answer(one.committed, verdict)
+                for one, verdict in zip(part, verdicts, strict=True):
+                    if verdict == "quarantined":
+                        _log_error(one, "stripe_event_quarantined")
+                    _answer(one.committed, verdict)
+            again = True
 
-    async def _commit(self, events: Sequence[StripeEvent]) -> list[Verdict]:
+    async def _commit(self, events: Sequence[StripeEvent], *, again: bool) -> list[Verdict]:
         reference_key = self._resources.settings.customer_reference_key
         rules = self._resources.rules.current(datetime.now(UTC)).access
         with tracing.span("webhook batch", events=len(events)):
             engine = self._resources.engine
             async with asyncio.timeout(COMMIT_WITHIN_SECONDS), db.direct_transaction(engine) as connection:
+                if again:
+                    limits = {"lock_timeout": AGAIN_LOCK_TIMEOUT_MS, "statement_timeout": AGAIN_STATEMENT_TIMEOUT_MS}
+                    await connection.execute(SHORTEN_LIMITS, {name: str(limit) for name, limit in limits.items()})
                 return await record_events(connection, events, reference_key, rules, datetime.now(UTC))
 
     async def _settle_failed(self, one: _Waiting, error: Exception) -> None:
