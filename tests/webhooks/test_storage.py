@@ -399,6 +399,22 @@ async def test_what_was_taken_is_committed_before_the_stop(
     assert refused.status_code == 500
 
 
+async def test_what_cannot_be_committed_before_the_stop_is_answered_at_once(
+    app: FastAPI, client: httpx.AsyncClient, resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox, "COMMIT_WITHIN_SECONDS", 60)
+    monkeypatch.setattr(inbox, "ANSWER_WITHIN_SECONDS", 60)
+    monkeypatch.setattr(inbox, "STOP_WITHIN_SECONDS", 0)
+    async with blocked(resources) as other:
+        taken = await post_until_blocked(client, resources, event("customer.created", customer()))
+        await app.state.inbox.stop()
+        async with asyncio.timeout(10):
+            answer = await taken
+        await other.rollback()
+
+    assert (answer.status_code, answer.json()["detail"]) == (500, "The service is stopping.")
+
+
 async def test_a_frozen_server_does_not_keep_the_process_from_its_end(
     settings: Settings, resources: Resources, servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

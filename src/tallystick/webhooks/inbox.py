@@ -305,6 +305,9 @@ class Inbox:
             WEBHOOK_BATCH_SIZE.observe(len(batch))
             try:
                 await self._settle(batch)
+            except asyncio.CancelledError:
+                self._fail(batch, StorageFailed("The service is stopping."))
+                raise
             except Exception as error:  # noqa: BLE001  the task's edge: if it ended, nobody would commit what comes next
                 log.error("stripe_events_not_settled", events=len(batch), **describe_error(error))
                 self._fail(batch, StorageFailed())
