@@ -43,7 +43,7 @@ def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(db, "LOCK_TIMEOUT_MS", 300)
     monkeypatch.setattr(inbox, "COMMIT_WITHIN_SECONDS", 0.6)
     monkeypatch.setattr(inbox, "ANSWER_WITHIN_SECONDS", 0.9)
-    monkeypatch.setattr(inbox, "AGAIN_LOCK_TIMEOUT_MS", 30)
+    monkeypatch.setitem(inbox.AGAIN_LIMITS, "lock_timeout", "30ms")
 
 
 async def assert_refused_then_applied(
@@ -305,6 +305,23 @@ async def test_what_was_held_up_is_not_tried_again_when_nobody_waits_any_more(
 
     assert told == ["storage-failed"] * 8
     assert tried == [8]
+
+
+async def test_when_postgresql_fails_after_a_bug_the_rest_of_the_batch_is_not_tried(
+    app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    async def record(_: db.Connection, events: Sequence[StripeEvent], *__: Any) -> list[inbox.Verdict]:
+        tried.append(len(events))
+        raise TimeoutError if len(tried) > 1 else KeyError
+
+    monkeypatch.setattr(inbox, "record_events", record)
+
+    told = await submit_together(app, [event("customer.created", customer(f"cus_{n}")) for n in range(8)])
+
+    assert told == ["storage-failed"] * 8
+    assert tried == [8, 1]
 
 
 async def test_the_connection_is_cut_in_the_middle(client: httpx.AsyncClient, resources: Resources) -> None:

@@ -12,7 +12,8 @@ between the commit and the answer, everything, and the repeat is a duplicate. Th
 event's id and its effect are one transaction.
 
 One event must not take its batch along. A batch that met a lock or a slow statement is tried again in halves, with
-short limits, while somebody waits for it; one in which our own code failed, event by event.
+short limits, while somebody waits for it; one in which our own code failed, event by event. Once PostgreSQL itself
+fails, the rest is not tried.
 """
 
 import asyncio
@@ -20,6 +21,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextvars import Context, copy_context
 from datetime import UTC, datetime
+from itertools import chain
 from time import perf_counter
 from typing import Literal, NamedTuple
 
@@ -80,8 +82,7 @@ COMMIT_WITHIN_SECONDS = 8
 ANSWER_WITHIN_SECONDS = 9
 # Parts of a batch that was held up: of 64 events the one whose customer is locked is alone after two seconds more. That
 # one has waited already, and whoever holds a lock as he should is done in some tens of milliseconds.
-AGAIN_LOCK_TIMEOUT_MS = 300
-AGAIN_STATEMENT_TIMEOUT_MS = 500
+AGAIN_LIMITS = {"lock_timeout": "300ms", "statement_timeout": "500ms"}
 # Nobody waits for what is not committed when the process stops: its requests were answered, or cut off.
 STOP_WITHIN_SECONDS = 2
 
@@ -336,6 +337,9 @@ class Inbox:
                 elif db.is_storage_failure(error):
                     log.warning("stripe_events_not_stored", events=len(part), error=type(error).__name__)
                     self._fail(part, StorageFailed())
+                    if not db.is_held_up(error):  # PostgreSQL itself: the rest would only wait for the same
+                        self._fail(chain.from_iterable(parts), StorageFailed())
+                        parts.clear()
                 elif len(part) > 1:
                     parts += [[one] for one in part]
                 else:
@@ -354,8 +358,7 @@ class Inbox:
             engine = self._resources.engine
             async with asyncio.timeout(COMMIT_WITHIN_SECONDS), db.direct_transaction(engine) as connection:
                 if again:
-                    limits = {"lock_timeout": AGAIN_LOCK_TIMEOUT_MS, "statement_timeout": AGAIN_STATEMENT_TIMEOUT_MS}
-                    await connection.execute(SHORTEN_LIMITS, {name: str(limit) for name, limit in limits.items()})
+                    await connection.execute(SHORTEN_LIMITS, AGAIN_LIMITS)
                 return await record_events(connection, events, reference_key, rules, datetime.now(UTC))
 
     async def _settle_failed(self, one: _Waiting, error: Exception) -> None:
@@ -375,7 +378,7 @@ class Inbox:
         else:
             self._fail([one], Problem("The event could not be handled; it is tried again."))
 
-    def _fail(self, batch: Sequence[_Waiting], problem: Problem) -> None:
+    def _fail(self, batch: Iterable[_Waiting], problem: Problem) -> None:
         for one in batch:
             if not one.committed.done():  # done: its request was cancelled, or gave up waiting
                 one.committed.set_exception(problem)
