@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,14 @@ from alembic.config import Config
 from sqlalchemy import Connection as SyncConnection
 from sqlalchemy import NullPool, PoolProxiedConnection, TextClause, event, text
 from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
-from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import (
+    DBAPIError,
+    DisconnectionError,
+    InterfaceError,
+    InvalidRequestError,
+    OperationalError,
+    SQLAlchemyError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -153,11 +160,26 @@ STORAGE_ERRORS = (SQLAlchemyError, OSError, TimeoutError, asyncpg.PostgresError,
 _DIALECT = PGDialect_asyncpg()  # type: ignore[no-untyped-call]
 
 
+@contextmanager
+def _told_when_cut_again() -> Iterator[None]:
+    """Raise `ConnectionError` where the pool says otherwise that it made a new connection and that was cut, too.
+
+    SQLAlchemy has no error of its own for this; by its class alone it would pass for a misuse of ours.
+    """
+    try:
+        yield
+    except InvalidRequestError as error:
+        if error.args != ("This connection is closed",):
+            raise
+        raise ConnectionError("PostgreSQL ends new sessions at once") from error
+
+
 @asynccontextmanager
 async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     """One transaction: committed at the end of the block, rolled back by an exception."""
-    async with engine.begin() as connection:
-        yield connection
+    with _told_when_cut_again():
+        async with engine.begin() as connection:
+            yield connection
 
 
 class Row(asyncpg.Record):  # type: ignore[misc]  # the driver has no types
@@ -202,7 +224,8 @@ def _number(statement: TextClause) -> tuple[str, tuple[str, ...]]:
 
 async def _take_from_pool(engine: AsyncEngine) -> PoolProxiedConnection:
     try:
-        return await engine.raw_connection()
+        with _told_when_cut_again():
+            return await engine.raw_connection()
     except engine.dialect.loaded_dbapi.Error as error:  # of SQLAlchemy's adapter, which it hides everywhere else
         raise (error.__cause__ or error) from None
 
