@@ -159,14 +159,8 @@ async def record_events(
     await request_seals(connection, _drafts(new, translations))
     reports = [ErrorReport(event.id, event.type, event.object_id) for event in new if translations[event.id].reports]
     await note_error_reports(connection, reports, now)
-    await recompute_access(
-        connection,
-        applied.customers,
-        rules,
-        now,
-        other_lines=lines_of(applied, changes),
-        named=_named_customers(changes),
-    )
+    lines, named = lines_of(applied, changes), _named_customers(changes)
+    await recompute_access(connection, applied.customers, rules, now, other_lines=lines, named=named)
     verdicts = {event.id: _verdict(translations[event.id], written=event.id in applied.events) for event in new}
     if applied.foreign:
         verdicts |= dict.fromkeys(applied.foreign, "quarantined")
@@ -293,9 +287,12 @@ class Inbox:
             raise Unavailable("Too many events are waiting.", retry_after_seconds=RETRY_AFTER_SECONDS)
         loop = asyncio.get_running_loop()
         committed: asyncio.Future[Verdict] = loop.create_future()
-        self._waiting.append(_Waiting(event, committed, perf_counter(), copy_context()))
+        waiting = _Waiting(event, committed, perf_counter(), copy_context())
+        self._waiting.append(waiting)
         self._arrived.set()
-        too_late = loop.call_later(ANSWER_WITHIN_SECONDS, _give_up, committed)
+        # It may be committed yet: then the repeat is a duplicate.
+        took_too_long = StorageFailed("PostgreSQL took too long.")
+        too_late = loop.call_later(ANSWER_WITHIN_SECONDS, self._fail, [waiting], took_too_long)
         try:
             return await committed
         finally:
@@ -355,8 +352,8 @@ class Inbox:
         reference_key = self._resources.settings.customer_reference_key
         rules = self._resources.rules.current(datetime.now(UTC)).access
         with tracing.span("webhook batch", events=len(events)):
-            engine = self._resources.engine
-            async with asyncio.timeout(COMMIT_WITHIN_SECONDS), db.direct_transaction(engine) as connection:
+            transaction = db.direct_transaction(self._resources.engine)
+            async with asyncio.timeout(COMMIT_WITHIN_SECONDS), transaction as connection:
                 if again:
                     await connection.execute(SHORTEN_LIMITS, AGAIN_LIMITS)
                 return await record_events(connection, events, reference_key, rules, datetime.now(UTC))
@@ -364,16 +361,21 @@ class Inbox:
     async def _settle_failed(self, one: _Waiting, error: Exception) -> None:
         """A bug of ours: let Stripe try again some times, in case the next release knows better, then set it aside."""
         _log_error(one, "stripe_event_failed", **describe_error(error))
+        name, recorded = type(error).__name__, set[str]()
         try:
-            async with asyncio.timeout(COMMIT_WITHIN_SECONDS), db.transaction(self._resources.engine) as connection:
-                quarantined = await count_failure(connection, one.event, type(error).__name__)
-                if quarantined:
-                    await _record(connection, [one.event], {one.event.id: Translation(unusable=type(error).__name__)})
+            async with asyncio.timeout(COMMIT_WITHIN_SECONDS):
+                async with db.transaction(self._resources.engine) as connection:
+                    is_last = await count_failure(connection, one.event, name)
+                # Died here: the next failure that counts sets it aside. In one transaction, its lock on the failures
+                # would be in the way of another process that has recorded the event and is to forget them.
+                if is_last:
+                    async with db.transaction(self._resources.engine) as connection:
+                        recorded = await _record(connection, [one.event], {one.event.id: Translation(unusable=name)})
         except db.STORAGE_ERRORS:
             self._fail([one], StorageFailed())
             return
-        if quarantined:
-            _log_error(one, "stripe_event_quarantined", error=type(error).__name__)
+        if recorded:  # and not handled by another process meanwhile
+            _log_error(one, "stripe_event_quarantined", error=name)
             _answer(one.committed, "quarantined")
         else:
             self._fail([one], Problem("The event could not be handled; it is tried again."))
@@ -387,12 +389,6 @@ class Inbox:
 def _log_error(about: _Waiting, line: str, **fields: str) -> None:
     """Write a line as the event's own request would: the task that commits is nobody's."""
     about.request.run(log.error, line, event_id=about.event.id, type=about.event.type, **fields)
-
-
-def _give_up(committed: asyncio.Future[Verdict]) -> None:
-    # It may be committed yet: then the repeat is a duplicate.
-    if not committed.done():
-        committed.set_exception(StorageFailed("PostgreSQL took too long."))
 
 
 def _answer(committed: asyncio.Future[Verdict], verdict: Verdict) -> None:
