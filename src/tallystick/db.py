@@ -118,9 +118,17 @@ def _answers(engine: AsyncEngine, connection: Any) -> bool:
         return False
 
 
-# SQLSTATE classes that say nothing against the statement itself: connection, resources, operator intervention, I/O,
-# transaction rollback, lock or statement timeout (55P03, 57014), read-only server (25006).
-_STORAGE_SQLSTATE = ("08", "53", "57", "58", "40", "55", "25006", "XX")
+# What SQLSTATEs begin with that say nothing against the statement itself.
+_STORAGE_SQLSTATE = {
+    "08": "the connection",
+    "25006": "a server that only reads, as a standby does",
+    "40": "the transaction rolled back, as after a deadlock",
+    "53": "resources: the disk, memory, connections",
+    "55": "an object in use; 55P03 is the lock's time-out",
+    "57": "an operator, a shutdown, a crash; 57014 is the statement's time-out",
+    "58": "the system: I/O",
+    "XX": "a fault inside PostgreSQL, damaged data among them",
+}
 
 # The second comes when PostgreSQL ends a session between two steps of a statement, and the driver hears of the end in
 # the same breath as of the first step's success.
@@ -137,7 +145,7 @@ def is_storage_failure(error: BaseException) -> bool:
         error = error.orig or error
     if isinstance(error, _CONNECTION_GONE):
         return True
-    return str(getattr(error, "sqlstate", None) or "").startswith(_STORAGE_SQLSTATE)
+    return str(getattr(error, "sqlstate", None) or "").startswith(tuple(_STORAGE_SQLSTATE))
 
 
 def is_lock_timeout(error: DBAPIError) -> bool:

@@ -95,13 +95,14 @@ async def recompute_access(
     the mirror would write an access that the whole does not justify. `other_lines` go into the timeline before those
     about access.
 
-    What is new is announced, too. To look for it costs more than all else here. With `named`, the customers whose names
-    may have changed, it is looked for only where the names have, or where there is a line or a new decision.
+    What is new is announced, too. To look for it costs more than all else here, so a caller who knows whose names may
+    have changed says so by `named`, be it nobody: then it is looked for only where a name has changed, or where there
+    is a line or a new decision. Without `named` (None) it is looked for with all of these customers.
     """
     if not decided_by:
         return set()
     customers = sorted(decided_by)
-    known, decisions, renamed = await _decide(connection, customers, named or (), rules, now)
+    known, decisions, renamed = await _decide(connection, customers, () if named is None else named, rules, now)
     current = fingerprint(rules)
     rows: dict[str, dict[str, object]] = {}
     changed = set()

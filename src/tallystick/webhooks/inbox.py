@@ -150,6 +150,7 @@ async def record_events(
     connection: db.Connection, events: Sequence[StripeEvent], reference_key: str, rules: AccessRules, now: datetime
 ) -> list[Verdict]:
     """Record events and what they change, in the caller's transaction; one verdict for each event, in order."""
+    # Reversed, because of several copies a dictionary keeps the last that it is given.
     first_copies = list({event.id: event for event in reversed(events)}.values())
     translations = {event.id: translate(event.body, reference_key) for event in first_copies}
     fresh = await _record(connection, first_copies, translations)
