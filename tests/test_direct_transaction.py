@@ -7,6 +7,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+import sqlalchemy
 from sqlalchemy import text
 
 from tallystick import db
@@ -139,3 +140,21 @@ async def test_a_session_may_end_between_preparing_a_statement_and_running_it(re
         await reading
     assert db.is_storage_failure(ended.value)
     assert await read_number(3, asyncio.Event()) == [3]
+
+
+@pytest.mark.parametrize("kind", [db.reading, db.direct_transaction, db.transaction])
+async def test_a_server_that_ends_each_session_at_once_has_failed(resources: Resources, kind: Any) -> None:
+    """As a proxy does whose server is away: the connection that the pool makes for a cut one is cut, too."""
+    engine = resources.engine.sync_engine
+
+    def cut(connection: Any, _: object) -> None:
+        connection.driver_connection.terminate()
+
+    sqlalchemy.event.listen(engine, "connect", cut)
+    try:
+        with pytest.raises(ConnectionError) as refused:
+            async with kind(resources.engine):
+                pass
+    finally:
+        sqlalchemy.event.remove(engine, "connect", cut)
+    assert db.is_storage_failure(refused.value)

@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,14 @@ from alembic.config import Config
 from sqlalchemy import Connection as SyncConnection
 from sqlalchemy import NullPool, PoolProxiedConnection, TextClause, event, text
 from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
-from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import (
+    DBAPIError,
+    DisconnectionError,
+    InterfaceError,
+    InvalidRequestError,
+    OperationalError,
+    SQLAlchemyError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -111,9 +118,17 @@ def _answers(engine: AsyncEngine, connection: Any) -> bool:
         return False
 
 
-# SQLSTATE classes that say nothing against the statement itself: connection, resources, operator intervention, I/O,
-# transaction rollback, lock or statement timeout (55P03, 57014), read-only server (25006).
-_STORAGE_SQLSTATE = ("08", "53", "57", "58", "40", "55", "25006", "XX")
+# What SQLSTATEs begin with that say nothing against the statement itself.
+_STORAGE_SQLSTATE = {
+    "08": "the connection",
+    "25006": "a server that only reads, as a standby does",
+    "40": "the transaction rolled back, as after a deadlock",
+    "53": "resources: the disk, memory, connections",
+    "55": "an object in use; 55P03 is the lock's time-out",
+    "57": "an operator, a shutdown, a crash; 57014 is the statement's time-out",
+    "58": "the system: I/O",
+    "XX": "a fault inside PostgreSQL, damaged data among them",
+}
 
 # The second comes when PostgreSQL ends a session between two steps of a statement, and the driver hears of the end in
 # the same breath as of the first step's success.
@@ -130,12 +145,21 @@ def is_storage_failure(error: BaseException) -> bool:
         error = error.orig or error
     if isinstance(error, _CONNECTION_GONE):
         return True
-    return str(getattr(error, "sqlstate", None) or "").startswith(_STORAGE_SQLSTATE)
+    return str(getattr(error, "sqlstate", None) or "").startswith(tuple(_STORAGE_SQLSTATE))
 
 
 def is_lock_timeout(error: DBAPIError) -> bool:
     """Whether a lock was not to be had within `lock_timeout`."""
     return getattr(error.orig, "sqlstate", None) == "55P03"
+
+
+# PostgreSQL is there, and ended a statement that met a lock, took too long, or was in a deadlock.
+_HELD_UP = (asyncpg.LockNotAvailableError, asyncpg.QueryCanceledError, asyncpg.DeadlockDetectedError)
+
+
+def is_held_up(error: BaseException) -> bool:
+    """Whether a direct transaction failed by something that others may not meet: a row's lock, or a slow statement."""
+    return isinstance(error, _HELD_UP)
 
 
 STORAGE_ERRORS = (SQLAlchemyError, OSError, TimeoutError, asyncpg.PostgresError, *_CONNECTION_GONE)
@@ -144,11 +168,26 @@ STORAGE_ERRORS = (SQLAlchemyError, OSError, TimeoutError, asyncpg.PostgresError,
 _DIALECT = PGDialect_asyncpg()  # type: ignore[no-untyped-call]
 
 
+@contextmanager
+def _told_when_cut_again() -> Iterator[None]:
+    """Raise `ConnectionError` where the pool says otherwise that it made a new connection and that was cut, too.
+
+    SQLAlchemy has no error of its own for this; by its class alone it would pass for a misuse of ours.
+    """
+    try:
+        yield
+    except InvalidRequestError as error:
+        if error.args != ("This connection is closed",):
+            raise
+        raise ConnectionError("PostgreSQL ends new sessions at once") from error
+
+
 @asynccontextmanager
 async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     """One transaction: committed at the end of the block, rolled back by an exception."""
-    async with engine.begin() as connection:
-        yield connection
+    with _told_when_cut_again():
+        async with engine.begin() as connection:
+            yield connection
 
 
 class Row(asyncpg.Record):  # type: ignore[misc]  # the driver has no types
@@ -193,7 +232,8 @@ def _number(statement: TextClause) -> tuple[str, tuple[str, ...]]:
 
 async def _take_from_pool(engine: AsyncEngine) -> PoolProxiedConnection:
     try:
-        return await engine.raw_connection()
+        with _told_when_cut_again():
+            return await engine.raw_connection()
     except engine.dialect.loaded_dbapi.Error as error:  # of SQLAlchemy's adapter, which it hides everywhere else
         raise (error.__cause__ or error) from None
 

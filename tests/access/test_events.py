@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from tallystick.resources import Resources
-from tallystick.webhooks import inbox
+from tallystick.webhooks import failures, inbox
 from tests.webhooks.stripe_events import NOON, deliver, event, invoice, post, price, subscription
 
 
@@ -115,7 +115,7 @@ async def test_a_failing_event_is_counted_until_it_is_set_aside(
     assert (report["verdict"], report["changes"]) == ("failing", [])
     assert report["why"] == "Handling it has failed once (ZeroDivisionError); Stripe sends it again."
 
-    monkeypatch.setattr(inbox, "FAILURES_APART", timedelta(0))
+    monkeypatch.setattr(failures, "FAILURES_APART", timedelta(0))
     assert [(await post(client, sent)).status_code for _ in range(3)] == [500, 500, 500]
     why = (await ask(client, sent))["why"]
     assert why == "Handling it has failed 4 times, an hour apart (ZeroDivisionError); Stripe sends it again."

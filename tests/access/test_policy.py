@@ -297,6 +297,32 @@ def test_several_subscriptions_give_the_best_of_each_in_any_order(
     assert decision == decide_access(reversed(subscriptions), reversed(invoices), rules, THEN)
 
 
+class CountedId(str):
+    """An id that counts how often it is compared."""
+
+    __slots__ = ()
+    comparisons = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        CountedId.comparisons += 1
+        return str.__eq__(self, other)
+
+
+def test_no_subscription_looks_through_all_invoices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CountedId, "comparisons", 0)
+    many = 200
+    subscriptions = [
+        Subscription(CountedId(f"sub_{n}"), "past_due", latest_invoice=CountedId(f"in_{n}")) for n in range(many)
+    ]
+    invoices = [Invoice(CountedId(f"in_{n}"), CountedId(f"sub_{n}"), "open", THEN, THEN) for n in range(many)]
+
+    decision = decide_access(subscriptions, invoices, DEFAULTS, THEN)
+
+    assert decision == Decision("restricted", "payment_failed")
+    assert CountedId.comparisons < 10 * many
+
+
 def test_other_rules_have_another_fingerprint() -> None:
     several = [AccessRules(), AccessRules(grace_days=1), AccessRules(past_due="none"), AccessRules(unpaid="none")]
 

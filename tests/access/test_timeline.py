@@ -11,10 +11,23 @@ from tallystick import db
 from tallystick.access import timeline
 from tallystick.access.timeline import Line, forget_timeline, write_timeline
 from tallystick.resources import Resources
+from tallystick.rules import AccessRules
 from tallystick.webhooks import inbox
+from tallystick.webhooks.inbox import record_events
 from tallystick.webhooks.refresh import refresh_mirror
 from tests.conftest import FakeStripe, open_client
-from tests.webhooks.stripe_events import NOON, customer, deliver, event, invoice, post, read, subscription
+from tests.webhooks.stripe_events import (
+    NOON,
+    customer,
+    deliver,
+    entitlement_summary,
+    event,
+    invoice,
+    post,
+    read,
+    subscription,
+    verified,
+)
 
 
 async def read_lines(client: httpx.AsyncClient, ref: str = "cus_1", **query: int) -> list[dict[str, Any]]:
@@ -113,6 +126,30 @@ async def test_a_deleted_draft_is_told(client: httpx.AsyncClient) -> None:
     await deliver(client, event("invoice.created", draft), event("invoice.deleted", draft, at=1))
 
     assert ("invoice", "in_1", "draft", "deleted") in brief(await read_lines(client))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        event("invoice.updated", invoice(), at=10),
+        event("invoice.payment_failed", invoice(), at=10),
+        event("customer.updated", customer(), at=30),
+        event("entitlements.active_entitlement_summary.updated", entitlement_summary([]), at=20),
+    ],
+    ids=lambda other: other["type"],
+)
+async def test_of_events_committed_together_the_last_that_access_follows_from_is_named(
+    client: httpx.AsyncClient, resources: Resources, other: dict[str, Any]
+) -> None:
+    await deliver(client, event("customer.subscription.created", subscription()))
+    ended = event("customer.subscription.deleted", subscription(status="canceled"), at=20)
+    together = [verified(resources, sent) for sent in (ended, other)]
+    async with db.direct_transaction(resources.engine) as connection:
+        await record_events(connection, together, "tallystick_ref", AccessRules(), datetime.now(UTC))
+
+    told = next(line for line in await read_lines(client) if line["what"] == "access")
+    assert (told["new"], told["event"]["id"]) == ("none", ended["id"])
+    assert await read(resources, "SELECT decided_by FROM customer_access") == [{"decided_by": ended["id"]}]
 
 
 async def test_what_could_not_be_committed_is_not_told(

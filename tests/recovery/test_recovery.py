@@ -12,7 +12,7 @@ from tallystick import db
 from tallystick.errors import Unavailable
 from tallystick.resources import Resources
 from tallystick.webhooks import inbox, reading, recovery
-from tallystick.webhooks.inbox import FAILURES_BEFORE_QUARANTINE
+from tallystick.webhooks.failures import FAILURES_BEFORE_QUARANTINE
 from tallystick.webhooks.recovery import LISTED_FOR, LISTED_WITHIN, Run, read_recovery, recover
 from tallystick.webhooks.sync import sync_mirror
 from tallystick.webhooks.translate import HANDLED_TYPES

@@ -8,7 +8,7 @@ from sqlalchemy import text
 
 from tallystick import db
 from tallystick.resources import Resources
-from tallystick.webhooks.inbox import FAILURES_BEFORE_QUARANTINE
+from tallystick.webhooks.failures import FAILURES_BEFORE_QUARANTINE
 from tallystick.webhooks.reading import Reader
 from tallystick.webhooks.recovery import recover
 from tallystick.webhooks.replay import Replayed, find_quarantined, replay

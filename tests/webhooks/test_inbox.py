@@ -6,13 +6,17 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from prometheus_client import generate_latest
+from sqlalchemy import text
 from structlog.testing import capture_logs
 
 from tallystick import db
 from tallystick.errors import StorageFailed
 from tallystick.metrics import REGISTRY
 from tallystick.resources import Resources
-from tallystick.webhooks.inbox import FAILURES_BEFORE_QUARANTINE, Inbox
+from tallystick.webhooks import inbox
+from tallystick.webhooks.failures import FAILURES_BEFORE_QUARANTINE
+from tallystick.webhooks.inbox import Inbox
+from tests.waiting import wait_until
 from tests.webhooks.stripe_events import (
     NOON,
     customer,
@@ -67,14 +71,14 @@ async def test_the_same_event_twice_at_once_is_applied_once(client: httpx.AsyncC
 async def test_the_same_event_at_two_processes_at_once_is_applied_once(resources: Resources) -> None:
     received = verified(resources, event("customer.created", customer()))
     inboxes = [Inbox(resources), Inbox(resources)]
-    for inbox in inboxes:
-        await inbox.start()
+    for one in inboxes:
+        await one.start()
 
-    verdicts = await asyncio.gather(*(inbox.submit(received) for inbox in inboxes))
+    verdicts = await asyncio.gather(*(one.submit(received) for one in inboxes))
 
     assert sorted(verdicts) == ["applied", "duplicate"]
-    for inbox in inboxes:
-        await inbox.stop()
+    for one in inboxes:
+        await one.stop()
 
 
 @pytest.mark.parametrize(
@@ -413,6 +417,40 @@ async def test_failures_are_forgotten_once_the_event_is_handled(
     assert "jenny" not in str(logs)
     assert await deliver(client, bad) == ["applied"]
     assert await read(resources, "SELECT * FROM stripe_event_failures") == []
+
+
+async def test_the_quarantine_of_an_event_is_not_in_the_way_of_another_process_that_handles_it(
+    client: httpx.AsyncClient, resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(inbox, "record_events", fail)
+    sent = event("customer.created", customer())
+    for _ in range(FAILURES_BEFORE_QUARANTINE - 1):
+        assert (await post(client, sent)).status_code == 500
+        await let_an_hour_pass(resources)
+
+    async def is_being_quarantined() -> bool:
+        waits = "application_name = 'tallystick api' AND datname = current_database() AND wait_event_type = 'Lock'"
+        return bool(await read(resources, f"SELECT pid FROM pg_stat_activity WHERE {waits}"))  # noqa: S608  a constant
+
+    async with db.transaction(resources.engine) as other:
+        row = {"id": sent["id"]}
+        await other.execute(
+            text(
+                "INSERT INTO stripe_events (id, type, livemode, created, verdict)"
+                " VALUES (:id, 'customer.created', false, now(), 'applied')"
+            ),
+            row,
+        )
+        last = asyncio.create_task(post(client, sent))
+        await wait_until(is_being_quarantined)
+        await other.execute(text("SET LOCAL lock_timeout = '100ms'"))
+        await other.execute(text("DELETE FROM stripe_event_failures WHERE id = :id"), row)
+
+    assert (await last).status_code == 500
+    assert await read(resources, "SELECT verdict FROM stripe_events") == [{"verdict": "applied"}]
 
 
 async def test_a_stopped_inbox_refuses_events(app: FastAPI, client: httpx.AsyncClient) -> None:

@@ -1,11 +1,17 @@
-"""What a webhook costs PostgreSQL does not grow with the number of customers, whatever its statistics say."""
+"""What a webhook costs does not grow with the number of customers, whatever PostgreSQL's statistics say.
+
+Nor does it grow faster than what its own customer has.
+"""
 
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from sqlalchemy import text
 
 from tallystick import db
+from tallystick.access import state
+from tallystick.access.policy import Decision, Invoice, Subscription, decide_access
 from tallystick.mirror.statements import TABLES, write_statement
 from tallystick.resources import Resources
 from tallystick.rules import AccessRules
@@ -72,6 +78,37 @@ async def test_no_table_is_read_through_for_a_few_customers(resources: Resources
     assert verdicts[0] == ["applied"] * 3
     assert "stale" in verdicts[1]
     assert {table: rows for table, rows in after.items() if rows - before.get(table, 0) >= OTHERS} == {}
+
+
+async def test_an_owed_invoice_is_read_once_however_many_subscriptions_its_customer_has(
+    resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = 30
+    read: list[Invoice] = []
+
+    def decide(subscriptions: list[Subscription], invoices: list[Invoice], *rest: Any, **more: Any) -> Decision:
+        read.extend(invoices)
+        return decide_access(subscriptions, invoices, *rest, **more)
+
+    monkeypatch.setattr(state, "decide_access", decide)
+    failing = [
+        one
+        for n in range(many)
+        for one in (
+            event(
+                "customer.subscription.updated",
+                subscription(f"sub_{n}", "past_due", latest_invoice=f"in_{n}", items=[]),
+            ),
+            event("invoice.payment_failed", invoice(f"in_{n}", of=f"sub_{n}")),
+        )
+    ]
+    received = [verified(resources, one) for one in failing]
+    async with db.direct_transaction(resources.engine) as direct:
+        await record_events(direct, received, "tallystick_ref", AccessRules(), datetime.now(UTC))
+
+    assert {one.id for one in read} == {f"in_{n}" for n in range(many)}
+    # Once as owed, and once as the latest invoice of its subscription.
+    assert len(read) == 2 * many
 
 
 async def test_the_longest_statement_is_prepared_once(resources: Resources) -> None:

@@ -1,7 +1,7 @@
 """PostgreSQL fails in every way that it can: the answer is 500, nothing is half written, and the repeat succeeds."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from typing import Any
@@ -17,13 +17,16 @@ from structlog.testing import capture_logs
 from tallystick import auth, db
 from tallystick.app import create_app
 from tallystick.config import Settings
+from tallystick.errors import Problem
 from tallystick.resources import Resources
 from tallystick.webhooks import inbox
+from tallystick.webhooks.inbox import record_events
+from tallystick.webhooks.verification import StripeEvent
 from tests.conftest import Servers, open_client
 from tests.usage.making import METER, make_meter
 from tests.waiting import wait_until
 from tests.webhooks.own_postgres import connect_all, freeze, own_postgres, thaw
-from tests.webhooks.stripe_events import customer, event, post, read, read_access, subscription
+from tests.webhooks.stripe_events import customer, event, post, read, read_access, subscription, verified
 
 OTHERS = "FROM pg_stat_activity WHERE application_name = 'tallystick api' AND pid <> pg_backend_pid()"
 
@@ -40,6 +43,7 @@ def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(db, "LOCK_TIMEOUT_MS", 300)
     monkeypatch.setattr(inbox, "COMMIT_WITHIN_SECONDS", 0.6)
     monkeypatch.setattr(inbox, "ANSWER_WITHIN_SECONDS", 0.9)
+    monkeypatch.setitem(inbox.AGAIN_LIMITS, "lock_timeout", "30ms")
 
 
 async def assert_refused_then_applied(
@@ -237,6 +241,89 @@ async def test_a_row_is_locked_by_somebody_else(client: httpx.AsyncClient, resou
         await assert_refused_then_applied(client, resources, lock, other.rollback)
 
 
+async def submit_together(app: FastAPI, sent: Iterable[dict[str, Any]]) -> list[str]:
+    """What becomes of events that share a batch: the verdict, or the problem's type."""
+    resources: Resources = app.state.resources
+    received = [verified(resources, one) for one in sent]
+    answers = await asyncio.gather(*map(app.state.inbox.submit, received), return_exceptions=True)
+    return [answer.type if isinstance(answer, Problem) else str(answer) for answer in answers]
+
+
+async def test_a_locked_customer_does_not_keep_those_who_come_with_it(
+    app: FastAPI, client: httpx.AsyncClient, resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox, "ANSWER_WITHIN_SECONDS", 5)
+    sent = [event("customer.created", customer(f"cus_{n}")) for n in range(8)]
+    async with blocked(resources) as other:
+        told = await submit_together(app, sent)
+        await other.rollback()
+
+    assert told == ["applied", "storage-failed"] + ["applied"] * 6
+    assert (await post(client, sent[1])).json() == {"verdict": "applied"}
+
+
+@pytest.mark.parametrize("state", ["57014", "40P01"])
+async def test_a_slow_or_deadlocked_customer_does_not_keep_those_who_come_with_it(
+    app: FastAPI, client: httpx.AsyncClient, resources: Resources, state: str
+) -> None:
+    # A trigger stands for what is slow about the customer; the error is PostgreSQL's own.
+    async with db.transaction(resources.engine) as connection:
+        await connection.exec_driver_sql(
+            "CREATE FUNCTION hold_up() RETURNS trigger LANGUAGE plpgsql"
+            f" AS 'BEGIN RAISE EXCEPTION USING ERRCODE = $${state}$$; END'"
+        )
+        await connection.exec_driver_sql(
+            "CREATE TRIGGER hold_up BEFORE INSERT ON customers FOR EACH ROW WHEN (new.id = 'cus_1')"
+            " EXECUTE FUNCTION hold_up()"
+        )
+    sent = [event("customer.created", customer(f"cus_{n}")) for n in range(8)]
+    try:
+        told = await submit_together(app, sent)
+    finally:
+        async with db.transaction(resources.engine) as connection:
+            await connection.exec_driver_sql("DROP FUNCTION hold_up CASCADE")
+
+    assert told == ["applied", "storage-failed"] + ["applied"] * 6
+    assert (await post(client, sent[1])).json() == {"verdict": "applied"}
+
+
+async def test_what_was_held_up_is_not_tried_again_when_nobody_waits_any_more(
+    app: FastAPI, resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox, "ANSWER_WITHIN_SECONDS", 0.1)
+    tried: list[int] = []
+
+    async def record(connection: db.Connection, events: Sequence[StripeEvent], *rest: Any) -> list[inbox.Verdict]:
+        tried.append(len(events))
+        return await record_events(connection, events, *rest)
+
+    monkeypatch.setattr(inbox, "record_events", record)
+    async with blocked(resources) as other:
+        told = await submit_together(app, [event("customer.created", customer(f"cus_{n}")) for n in range(8)])
+        await app.state.inbox.stop()  # once the batch is settled
+        await other.rollback()
+
+    assert told == ["storage-failed"] * 8
+    assert tried == [8]
+
+
+async def test_when_postgresql_fails_after_a_bug_the_rest_of_the_batch_is_not_tried(
+    app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    async def record(_: db.Connection, events: Sequence[StripeEvent], *__: Any) -> list[inbox.Verdict]:
+        tried.append(len(events))
+        raise TimeoutError if len(tried) > 1 else KeyError
+
+    monkeypatch.setattr(inbox, "record_events", record)
+
+    told = await submit_together(app, [event("customer.created", customer(f"cus_{n}")) for n in range(8)])
+
+    assert told == ["storage-failed"] * 8
+    assert tried == [8, 1]
+
+
 async def test_the_connection_is_cut_in_the_middle(client: httpx.AsyncClient, resources: Resources) -> None:
     sent = event("customer.subscription.created", subscription())
     async with blocked(resources) as other:
@@ -327,6 +414,22 @@ async def test_what_was_taken_is_committed_before_the_stop(
 
     assert (await taken).json() == {"verdict": "applied"}
     assert refused.status_code == 500
+
+
+async def test_what_cannot_be_committed_before_the_stop_is_answered_at_once(
+    app: FastAPI, client: httpx.AsyncClient, resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox, "COMMIT_WITHIN_SECONDS", 60)
+    monkeypatch.setattr(inbox, "ANSWER_WITHIN_SECONDS", 60)
+    monkeypatch.setattr(inbox, "STOP_WITHIN_SECONDS", 0)
+    async with blocked(resources) as other:
+        taken = await post_until_blocked(client, resources, event("customer.created", customer()))
+        await app.state.inbox.stop()
+        async with asyncio.timeout(10):
+            answer = await taken
+        await other.rollback()
+
+    assert (answer.status_code, answer.json()["detail"]) == (500, "The service is stopping.")
 
 
 async def test_a_frozen_server_does_not_keep_the_process_from_its_end(

@@ -142,6 +142,8 @@ async def test_a_clock_may_be_off_by_some_minutes(client: httpx.AsyncClient, sec
         good(livemode=0),
         good(object="v2.core.event", created=1_760_000_000),
         good(object="v2.core.event", created="yesterday"),
+        good(object="v2.core.event", created="0001-01-01T00:00:00+14:00"),
+        good(object="v2.core.event", created="9999-12-31T23:59:59-14:00"),
         good(object="v2.core.event", created="2026-01-01T00:00:00"),
     ],
     ids=lambda body: body[:40],

@@ -6,7 +6,8 @@ always give the same access.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -101,11 +102,18 @@ def decide_access(
     *,
     customer_deleted: bool = False,
 ) -> Decision:
-    """Decide a customer's access. Pure; the orders of the arguments do not matter."""
+    """Decide a customer's access. Pure; neither order nor repetition in the arguments matters."""
     if customer_deleted:
         return Decision("none", "customer_deleted")
-    invoices = list(invoices)
-    granted = [(subscription, _decide(subscription, invoices, rules, now)) for subscription in subscriptions]
+    # Found, not searched for: a customer may have hundreds of failing subscriptions and as many invoices.
+    by_id = {invoice.id: invoice for invoice in invoices}
+    of_subscription: defaultdict[str | None, list[Invoice]] = defaultdict(list)
+    for invoice in by_id.values():
+        of_subscription[invoice.subscription].append(invoice)
+    granted = [
+        (subscription, _decide(subscription, of_subscription.get(subscription.id, ()), by_id, rules, now))
+        for subscription in subscriptions
+    ]
     if not granted:
         return Decision("none", "no_subscription")
     grants = [grant for _, grant in granted]
@@ -116,7 +124,7 @@ def decide_access(
         # A grace without an end, which a rule can give, outlasts the others.
         best = _Grant("grace", best.reason, None if None in graces else max(ends))
     if rules.one_off_invoices == "restrict":
-        one_off = _decide_one_off(invoices, rules, now)
+        one_off = _decide_one_off(of_subscription.get(None, ()), rules, now)
         if one_off is not None:
             ends += [one_off.until] if one_off.until is not None else []
             best = _worse(best, one_off)
@@ -129,7 +137,9 @@ def decide_access(
     return Decision(best.access, best.reason, tuple(sorted(prices)), best.until, min(ends, default=None))
 
 
-def _decide(subscription: Subscription, invoices: Sequence[Invoice], rules: AccessRules, now: datetime) -> _Grant:
+def _decide(
+    subscription: Subscription, own: Sequence[Invoice], by_id: Mapping[str, Invoice], rules: AccessRules, now: datetime
+) -> _Grant:
     match subscription.status:
         case "active" if subscription.pause_collection is not None:
             paying = _Grant("active", "collection_paused")
@@ -148,8 +158,7 @@ def _decide(subscription: Subscription, invoices: Sequence[Invoice], rules: Acce
             return _Grant("none", "ended")
         case _:
             return _Grant("none", "unknown_status")
-    own = [invoice for invoice in invoices if invoice.subscription == subscription.id]
-    latest = next((invoice for invoice in invoices if invoice.id == subscription.latest_invoice), None)
+    latest = by_id.get(subscription.latest_invoice) if subscription.latest_invoice is not None else None
     owing = rules.unpaid if subscription.status == "unpaid" else rules.past_due
     # A failed payment counts at once, whatever the subscription's own row still says.
     failing = [
@@ -164,15 +173,15 @@ def _decide(subscription: Subscription, invoices: Sequence[Invoice], rules: Acce
     return paying
 
 
-def _decide_one_off(invoices: Iterable[Invoice], rules: AccessRules, now: datetime) -> _Grant | None:
+def _decide_one_off(one_off: Iterable[Invoice], rules: AccessRules, now: datetime) -> _Grant | None:
     """What failed invoices without a subscription leave of the access; None when there are none.
 
     An uncollectible one has been given up, and no later invoice could ever make up for it.
     """
     failing = [
         invoice.payment_failing_since
-        for invoice in invoices
-        if invoice.subscription is None and invoice.status == OPEN and invoice.payment_failing_since is not None
+        for invoice in one_off
+        if invoice.status == OPEN and invoice.payment_failing_since is not None
     ]
     return _with_grace("restricted", "one_off_payment_failed", min(failing), rules, now) if failing else None
 

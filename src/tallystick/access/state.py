@@ -14,9 +14,10 @@ from tallystick.access.timeline import Cause, Line, write_timeline
 from tallystick.notifications.outbox import announce_changes
 from tallystick.rules import AccessRules
 
-# A row for each subscription, with its latest invoice. Of the customer's other invoices (a customer of many years has
-# many that were simply paid) only those on which something is owed: seldom any, and then as JSON. (OFFSET 0: looked up
-# customer by customer, whatever statistics say.)
+# A row for each subscription, with its latest invoice. Of the customer's invoices otherwise (a customer of many years
+# has many that were simply paid) only those on which something is owed: seldom any, and then as JSON. They are in the
+# customer's first row only: hundreds of failing subscriptions would each repeat hundreds of invoices. (OFFSET 0: looked
+# up customer by customer, whatever statistics say.)
 FIND_STATES = text("""
     SELECT c.id AS customer, c.deleted,
            c.id = ANY(:named) AND (SELECT n.refs FROM customer_names n WHERE n.customer = c.id)
@@ -24,14 +25,15 @@ FIND_STATES = text("""
            a.access, a.reason, a.prices AS granted, a.until, a.decide_again_at, a.rules, a.decided_by,
            s.id, s.status, s.pause_collection, s.latest_invoice, i.prices, i.current_period_start,
            l.id AS invoice, l.status AS invoice_status, l.created, l.payment_failing_since, l.due_date, l.finalized_at,
+           CASE WHEN row_number() OVER (PARTITION BY c.id ORDER BY s.id) = 1 THEN
            (SELECT CAST(json_agg(json_build_object(
                        'id', o.id, 'subscription', o.subscription, 'status', o.status, 'created', o.created,
                        'payment_failing_since', o.payment_failing_since, 'due_date', o.due_date,
                        'finalized_at', o.finalized_at)) AS text)
               FROM invoices o
-             WHERE o.customer = c.id AND NOT o.deleted AND o.id IS DISTINCT FROM l.id
+             WHERE o.customer = c.id AND NOT o.deleted
                AND (o.payment_failing_since IS NOT NULL AND o.status IN ('open', 'uncollectible')
-                    OR o.status = 'open' AND o.due_date <= :now)) AS owing
+                    OR o.status = 'open' AND o.due_date <= :now)) END AS owing
       FROM customers c
       LEFT JOIN LATERAL (SELECT * FROM customer_access a WHERE a.customer = c.id OFFSET 0) a ON true
       LEFT JOIN LATERAL (SELECT * FROM subscriptions s WHERE s.customer = c.id AND NOT s.deleted OFFSET 0) s ON true
@@ -93,13 +95,14 @@ async def recompute_access(
     the mirror would write an access that the whole does not justify. `other_lines` go into the timeline before those
     about access.
 
-    What is new is announced, too. To look for it costs more than all else here. With `named`, the customers whose names
-    may have changed, it is looked for only where the names have, or where there is a line or a new decision.
+    What is new is announced, too. To look for it costs more than all else here, so a caller who knows whose names may
+    have changed says so by `named`, be it nobody: then it is looked for only where a name has changed, or where there
+    is a line or a new decision. Without `named` (None) it is looked for with all of these customers.
     """
     if not decided_by:
         return set()
     customers = sorted(decided_by)
-    known, decisions, renamed = await _decide(connection, customers, named or (), rules, now)
+    known, decisions, renamed = await _decide(connection, customers, () if named is None else named, rules, now)
     current = fingerprint(rules)
     rows: dict[str, dict[str, object]] = {}
     changed = set()
@@ -180,8 +183,8 @@ async def _decide(
                 )
             )
         if row.owing is not None:
-            # Each row of a customer has them, and repeats the latest invoices of its other rows: once or twice, they
-            # count the same.
+            # The first row of each customer has all its owed invoices, the latest of its subscriptions among them: once
+            # or twice, they count the same.
             invoices[customer] += read_invoices(row.owing)
     decisions = {
         customer: decide_access(

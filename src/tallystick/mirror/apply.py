@@ -66,8 +66,9 @@ class Transition:
 class Applied:
     """What was written.
 
-    The events whose change is in a row now, the latest of them for each customer, and the statuses that changed;
-    and the events about an object whose id another account has already, of which nothing was written.
+    The events whose change is in a row now, the one of them for each customer that its access follows from (see
+    `_note_written`), and the statuses that changed; and the events about an object whose id another account has
+    already, of which nothing was written.
     """
 
     events: set[str] = field(default_factory=set)
@@ -96,6 +97,7 @@ async def apply_changes(connection: db.Connection, changes: Sequence[AnyChange])
     written: dict[str, dict[str, Row[Any]]] = {TABLES[kind][0]: {} for kind in kinds}
     for row in await connection.execute(write_statement(kinds), parameters):
         written[row.of][row.id] = row
+    done: list[AnyChange] = []
     for kind in kinds:
         table = TABLES[kind][0]
         winners = [change for change in folded[kind] if change.id in written[table]]
@@ -110,8 +112,9 @@ async def apply_changes(connection: db.Connection, changes: Sequence[AnyChange])
         if kind is InvoiceChange:
             own = [change for change in losers if change.mark.event not in applied.foreign]
             failures = written[table].keys() | await _merge_payment_failures(connection, own)
-            _note_payment_failures(applied, changes, folded[kind], failures)
-        _note_written(applied, winners)
+            done += _tellers_of_failures(changes, folded[kind], failures)
+        done += winners
+    _note_written(applied, done)
     return applied
 
 
@@ -328,31 +331,45 @@ def _boundaries_of(change: AnyChange) -> Iterable[tuple[str, datetime | None]]:
 
 
 def _note_written(applied: Applied, changes: Iterable[AnyChange]) -> None:
-    for change in sorted(changes, key=lambda change: change.mark.order):
+    """Note the events that changed something, and of each customer's the last that access can follow from.
+
+    Access follows from subscriptions, invoices and a customer's deletion. Any other event is named only where there is
+    none of these: when access was never decided before, or by other rules.
+    """
+    for change in sorted(changes, key=lambda change: (_moves_access(change), change.mark.created, change.mark.order)):
         if change.mark.event:
             applied.events.add(change.mark.event)
             for customer in _customers_of(change):
                 applied.customers[customer] = change.mark.event
 
 
-def _note_payment_failures(
-    applied: Applied, changes: Sequence[AnyChange], folded: Sequence[AnyChange], written: set[str]
-) -> None:
-    """An event that lost to a later one has still left the payment failure that it told of."""
+def _moves_access(change: AnyChange) -> bool:
+    match change:
+        case SubscriptionChange() | InvoiceChange():
+            return True
+        case CustomerChange():
+            return change.mark.deleted
+        case _:
+            return False
+
+
+def _tellers_of_failures(
+    changes: Iterable[AnyChange], folded: Iterable[AnyChange], written: set[str]
+) -> list[InvoiceChange]:
+    """Those that told of a payment failure that is in a row now, though the rest of them may have lost."""
     told = {
         change.id: (change.payment_failed_at, change.payment_failing_since)
         for change in folded
         if isinstance(change, InvoiceChange)
     }
-    for change in changes:
-        if (
-            isinstance(change, InvoiceChange)
-            and change.id in written
-            and change.payment_failed_at is not None
-            and change.payment_failed_at in told[change.id]
-        ):
-            applied.events.add(change.mark.event)
-            applied.customers[change.customer] = change.mark.event
+    return [
+        change
+        for change in changes
+        if isinstance(change, InvoiceChange)
+        and change.id in written
+        and change.payment_failed_at is not None
+        and change.payment_failed_at in told[change.id]
+    ]
 
 
 def _rows(changes: Iterable[AnyChange]) -> str:

@@ -3,7 +3,7 @@
 `w` are the rows to be written, `t` is the table.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 
 from sqlalchemy import TextClause, text
@@ -207,12 +207,20 @@ def write_statement(kinds: tuple[type[AnyChange], ...]) -> TextClause:
 
 
 def _with_children(kinds: Collection[type[AnyChange]], parts: dict[str, str]) -> TextClause:
-    written = " UNION ALL ".join(f"SELECT * FROM {name}" for name in parts)  # noqa: S608  names from the tables above
+    children: dict[str, str] = {}
     if SubscriptionChange in kinds:
-        parts |= {"items": ITEMS, "items_gone": ITEMS_GONE, "items_written": ITEMS_WRITTEN, "periods": PERIODS}
+        children |= {"items": ITEMS, "items_gone": ITEMS_GONE, "items_written": ITEMS_WRITTEN, "periods": PERIODS}
     if SubscriptionChange in kinds or InvoiceChange in kinds:
-        parts |= {"boundaries": BOUNDARIES}
-    return text(f"WITH {', '.join(f'{name} AS ({part})' for name, part in parts.items())} {written}")
+        children |= {"boundaries": BOUNDARIES}
+    return text(_with(parts | children) + _union(parts))
+
+
+def _with(parts: Mapping[str, str]) -> str:
+    return f"WITH {', '.join(f'{name} AS ({part})' for name, part in parts.items())} "
+
+
+def _union(names: Iterable[str]) -> str:
+    return " UNION ALL ".join(f"SELECT * FROM {name}" for name in names)  # noqa: S608  names from the tables above
 
 
 def _write_part(kind: type[AnyChange]) -> str:
@@ -232,7 +240,7 @@ def _write_part(kind: type[AnyChange]) -> str:
          WHERE {NO_KNOWN_STUB if kind is PriceChange else "true"} ORDER BY id
         ON CONFLICT (id) DO UPDATE SET updated_at = now(), {_assign(assignments)}
          WHERE {_may_overwrite("excluded", "t")}
-        RETURNING {_written(kind)}
+        RETURNING {_returning(kind)}
     """  # noqa: S608  names from the tables above
 
 
@@ -248,7 +256,7 @@ def _overwrite_statement(kind: type[AnyChange]) -> TextClause:
         UPDATE {table} t SET updated_at = now(), {_assign(assignments)}
           FROM json_to_recordset(CAST(:{table} AS json)) AS w({_recordset(columns)})
          WHERE t.id = w.id AND t.account = w.account AND CAST(t.xmin AS text) = :version
-        RETURNING {_written(kind)}
+        RETURNING {_returning(kind)}
     """  # noqa: S608  names from the tables above
     prices = {"prices_written": _write_part(PriceChange)} if kind is SubscriptionChange else {}
     return _with_children([kind], prices | {f"{table}_written": update})
@@ -269,7 +277,7 @@ def tells_status(kind: type[AnyChange]) -> bool:
     return kind in (SubscriptionChange, InvoiceChange)
 
 
-def _written(kind: type[AnyChange]) -> str:
+def _returning(kind: type[AnyChange]) -> str:
     table = TABLES[kind][0]
     if not tells_status(kind):
         return f"'{table}' AS of, t.id, CAST(NULL AS text) AS old, CAST(NULL AS text) AS new"

@@ -10,20 +10,24 @@
 Nothing is written before 1 holds. What a crash leaves behind: before the commit, nothing, and Stripe sends again;
 between the commit and the answer, everything, and the repeat is a duplicate. There is no state in between, because the
 event's id and its effect are one transaction.
+
+One event must not take its batch along. A batch that met a lock or a slow statement is tried again in halves, with
+short limits, while somebody waits for it; one in which our own code failed, event by event. Once PostgreSQL itself
+fails, the rest is not tried.
 """
 
 import asyncio
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextvars import Context, copy_context
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
+from itertools import chain
 from time import perf_counter
 from typing import Literal, NamedTuple
 
 import msgspec
 import structlog
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncConnection
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from structlog.contextvars import bind_contextvars
@@ -49,6 +53,7 @@ from tallystick.resources import Resources
 from tallystick.rules import AccessRules
 from tallystick.usage.error_reports import ErrorReport, note_error_reports
 from tallystick.usage.sealing_requests import request_seals
+from tallystick.webhooks.failures import count_failure
 from tallystick.webhooks.stale import note_stale
 from tallystick.webhooks.translate import Translation, translate
 from tallystick.webhooks.verification import StripeEvent, find_endpoint, is_served, read_event
@@ -75,13 +80,11 @@ RETRY_AFTER_SECONDS = 5
 # A transaction ends before the answer is due, and the answer before the 10 s after which a sender may have given up.
 COMMIT_WITHIN_SECONDS = 8
 ANSWER_WITHIN_SECONDS = 9
+# Parts of a batch that was held up: of 64 events the one whose customer is locked is alone after two seconds more. That
+# one has waited already, and whoever holds a lock as he should is done in some tens of milliseconds.
+AGAIN_LIMITS = {"lock_timeout": "300ms", "statement_timeout": "500ms"}
 # Nobody waits for what is not committed when the process stops: its requests were answered, or cut off.
 STOP_WITHIN_SECONDS = 2
-
-# Stripe tries again within minutes at first, and recovery each minute. Failures of our own making count an hour apart,
-# so that a release that is mended or taken back in time sets nothing aside.
-FAILURES_BEFORE_QUARANTINE = 5
-FAILURES_APART = timedelta(hours=1)
 
 # Also forgets earlier failures of the events, which are handled now, and locks the customers that they are about, those
 # of repeats among them.
@@ -101,11 +104,8 @@ NOTE_FOREIGN = text("""
     UPDATE stripe_events SET verdict = 'quarantined', error = 'another account has this id' WHERE id = ANY(:ids)
 """)
 
-COUNT_FAILURE = text("""
-    INSERT INTO stripe_event_failures AS t (id, type, failures, error) VALUES (:id, :type, 1, :error)
-    ON CONFLICT (id) DO UPDATE SET failures = t.failures + 1, error = excluded.error, last_at = now()
-     WHERE t.last_at <= now() - CAST(:apart AS interval)
-    RETURNING failures
+SHORTEN_LIMITS = text("""
+    SELECT set_config('lock_timeout', :lock_timeout, true), set_config('statement_timeout', :statement_timeout, true)
 """)
 
 
@@ -150,6 +150,7 @@ async def record_events(
     connection: db.Connection, events: Sequence[StripeEvent], reference_key: str, rules: AccessRules, now: datetime
 ) -> list[Verdict]:
     """Record events and what they change, in the caller's transaction; one verdict for each event, in order."""
+    # Reversed, because of several copies a dictionary keeps the last that it is given.
     first_copies = list({event.id: event for event in reversed(events)}.values())
     translations = {event.id: translate(event.body, reference_key) for event in first_copies}
     fresh = await _record(connection, first_copies, translations)
@@ -159,14 +160,8 @@ async def record_events(
     await request_seals(connection, _drafts(new, translations))
     reports = [ErrorReport(event.id, event.type, event.object_id) for event in new if translations[event.id].reports]
     await note_error_reports(connection, reports, now)
-    await recompute_access(
-        connection,
-        applied.customers,
-        rules,
-        now,
-        other_lines=lines_of(applied, changes),
-        named=_named_customers(changes),
-    )
+    lines, named = lines_of(applied, changes), _named_customers(changes)
+    await recompute_access(connection, applied.customers, rules, now, other_lines=lines, named=named)
     verdicts = {event.id: _verdict(translations[event.id], written=event.id in applied.events) for event in new}
     if applied.foreign:
         verdicts |= dict.fromkeys(applied.foreign, "quarantined")
@@ -293,9 +288,12 @@ class Inbox:
             raise Unavailable("Too many events are waiting.", retry_after_seconds=RETRY_AFTER_SECONDS)
         loop = asyncio.get_running_loop()
         committed: asyncio.Future[Verdict] = loop.create_future()
-        self._waiting.append(_Waiting(event, committed, perf_counter(), copy_context()))
+        waiting = _Waiting(event, committed, perf_counter(), copy_context())
+        self._waiting.append(waiting)
         self._arrived.set()
-        too_late = loop.call_later(ANSWER_WITHIN_SECONDS, _give_up, committed)
+        # It may be committed yet: then the repeat is a duplicate.
+        took_too_long = StorageFailed("PostgreSQL took too long.")
+        too_late = loop.call_later(ANSWER_WITHIN_SECONDS, self._fail, [waiting], took_too_long)
         try:
             return await committed
         finally:
@@ -306,6 +304,9 @@ class Inbox:
             WEBHOOK_BATCH_SIZE.observe(len(batch))
             try:
                 await self._settle(batch)
+            except asyncio.CancelledError:
+                self._fail(batch, StorageFailed("The service is stopping."))
+                raise
             except Exception as error:  # noqa: BLE001  the task's edge: if it ended, nobody would commit what comes next
                 log.error("stripe_events_not_settled", events=len(batch), **describe_error(error))
                 self._fail(batch, StorageFailed())
@@ -318,47 +319,69 @@ class Inbox:
         return [self._waiting.popleft() for _ in range(min(BATCH_SIZE, len(self._waiting)))]
 
     async def _settle(self, batch: list[_Waiting]) -> None:
-        try:
-            verdicts = await self._commit([one.event for one in batch])
-        except Exception as error:  # noqa: BLE001  the batch's edge: one bad event must not take the others along
-            if db.is_storage_failure(error):
-                log.warning("stripe_events_not_stored", events=len(batch), error=type(error).__name__)
-                self._fail(batch, StorageFailed())
-            elif len(batch) > 1:
-                for one in batch:
-                    await self._settle([one])
+        """Commit a batch, or those parts of it that can be committed."""
+        parts = deque([batch])
+        again = False
+        while parts:
+            part = parts.popleft()
+            if again and all(one.committed.done() for one in part):
+                continue  # they were answered meanwhile, and are sent again
+            try:
+                verdicts = await self._commit([one.event for one in part], again=again)
+            except Exception as error:  # noqa: BLE001  the batch's edge: one bad event must not take the others along
+                if db.is_held_up(error) and len(part) > 1:
+                    half = len(part) // 2
+                    parts += [part[:half], part[half:]]
+                elif db.is_storage_failure(error):
+                    log.warning("stripe_events_not_stored", events=len(part), error=type(error).__name__)
+                    self._fail(part, StorageFailed())
+                    if not db.is_held_up(error):  # PostgreSQL itself: the rest would only wait for the same
+                        self._fail(chain.from_iterable(parts), StorageFailed())
+                        parts.clear()
+                elif len(part) > 1:
+                    parts += [[one] for one in part]
+                else:
+                    await self._settle_failed(part[0], error)
             else:
-                await self._settle_failed(batch[0], error)
-            return
-        for one, verdict in zip(batch, verdicts, strict=True):
-            if verdict == "quarantined":
-                _log_error(one, "stripe_event_quarantined")
-            _answer(one.committed, verdict)
+                for one, verdict in zip(part, verdicts, strict=True):
+                    if verdict == "quarantined":
+                        _log_error(one, "stripe_event_quarantined")
+                    _answer(one.committed, verdict)
+            again = True
 
-    async def _commit(self, events: Sequence[StripeEvent]) -> list[Verdict]:
+    async def _commit(self, events: Sequence[StripeEvent], *, again: bool) -> list[Verdict]:
         reference_key = self._resources.settings.customer_reference_key
         rules = self._resources.rules.current(datetime.now(UTC)).access
         with tracing.span("webhook batch", events=len(events)):
-            engine = self._resources.engine
-            async with asyncio.timeout(COMMIT_WITHIN_SECONDS), db.direct_transaction(engine) as connection:
+            transaction = db.direct_transaction(self._resources.engine)
+            async with asyncio.timeout(COMMIT_WITHIN_SECONDS), transaction as connection:
+                if again:
+                    await connection.execute(SHORTEN_LIMITS, AGAIN_LIMITS)
                 return await record_events(connection, events, reference_key, rules, datetime.now(UTC))
 
     async def _settle_failed(self, one: _Waiting, error: Exception) -> None:
         """A bug of ours: let Stripe try again some times, in case the next release knows better, then set it aside."""
         _log_error(one, "stripe_event_failed", **describe_error(error))
+        name, recorded = type(error).__name__, set[str]()
         try:
-            async with asyncio.timeout(COMMIT_WITHIN_SECONDS), db.transaction(self._resources.engine) as connection:
-                quarantined = await _count_failure(connection, one.event, type(error).__name__)
+            async with asyncio.timeout(COMMIT_WITHIN_SECONDS):
+                async with db.transaction(self._resources.engine) as connection:
+                    is_last = await count_failure(connection, one.event, name)
+                # Died here: the next failure that counts sets it aside. In one transaction, its lock on the failures
+                # would be in the way of another process that has recorded the event and is to forget them.
+                if is_last:
+                    async with db.transaction(self._resources.engine) as connection:
+                        recorded = await _record(connection, [one.event], {one.event.id: Translation(unusable=name)})
         except db.STORAGE_ERRORS:
             self._fail([one], StorageFailed())
             return
-        if quarantined:
-            _log_error(one, "stripe_event_quarantined", error=type(error).__name__)
+        if recorded:  # and not handled by another process meanwhile
+            _log_error(one, "stripe_event_quarantined", error=name)
             _answer(one.committed, "quarantined")
         else:
             self._fail([one], Problem("The event could not be handled; it is tried again."))
 
-    def _fail(self, batch: Sequence[_Waiting], problem: Problem) -> None:
+    def _fail(self, batch: Iterable[_Waiting], problem: Problem) -> None:
         for one in batch:
             if not one.committed.done():  # done: its request was cancelled, or gave up waiting
                 one.committed.set_exception(problem)
@@ -369,22 +392,6 @@ def _log_error(about: _Waiting, line: str, **fields: str) -> None:
     about.request.run(log.error, line, event_id=about.event.id, type=about.event.type, **fields)
 
 
-def _give_up(committed: asyncio.Future[Verdict]) -> None:
-    # It may be committed yet: then the repeat is a duplicate.
-    if not committed.done():
-        committed.set_exception(StorageFailed("PostgreSQL took too long."))
-
-
 def _answer(committed: asyncio.Future[Verdict], verdict: Verdict) -> None:
     if not committed.done():
         committed.set_result(verdict)
-
-
-async def _count_failure(connection: AsyncConnection, event: StripeEvent, error: str) -> bool:
-    """Count a failure of ours to handle an event, if it is time to; true when it is now in quarantine."""
-    values = {"id": event.id, "type": event.type, "error": error, "apart": FAILURES_APART}
-    failures: int | None = await connection.scalar(COUNT_FAILURE, values)  # None: the last one is not an hour ago
-    if failures is None or failures < FAILURES_BEFORE_QUARANTINE:
-        return False
-    await _record(connection, [event], {event.id: Translation(unusable=error)})
-    return True

@@ -185,6 +185,6 @@ def _object(value: object) -> Mapping[str, Any]:
 def _rfc3339(value: object) -> datetime | None:
     try:
         at = datetime.fromisoformat(value) if isinstance(value, str) else None
-    except ValueError:
+        return at.astimezone(UTC) if at is not None and at.tzinfo is not None else None
+    except (ValueError, OverflowError):  # the second: in UTC it would be of the year 0 or 10000
         return None
-    return at.astimezone(UTC) if at is not None and at.tzinfo is not None else None
