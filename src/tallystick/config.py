@@ -5,19 +5,33 @@ names the variable, so that the start stops with one line instead of a traceback
 """
 
 import re
+import ssl
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
 
 from tallystick.errors import SettingsError
 
 # As browsers write an origin: lower case, the host as ASCII, no path. Nothing that could stand for many.
 ORIGIN = re.compile(r"https?://(?:[a-z0-9-]+(?:\.[a-z0-9-]+)*|\[[0-9a-f:]+\])(?::[1-9][0-9]{0,4})?")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+# What a DATABASE_URL may ask for behind its `?`, as PostgreSQL's own programs name it.
+SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+SSL_FILES = ("sslrootcert", "sslcert", "sslkey")
+# Others would choose a standby, which takes no writes.
+SESSION_ATTRIBUTES = ("any", "primary", "read-write")
+# We set the first two ourselves. The last the driver does not know, and to leave it out takes no encryption away.
+LEFT_OUT = ("connect_timeout", "application_name", "channel_binding")
+DATABASE_PARAMETERS = ("sslmode", *SSL_FILES, "target_session_attrs", "host", "port", *LEFT_OUT)
+
+PERCENT_ENCODING = "in a password, write @ as %40, : as %3A, / as %2F and % as %25"
 
 # No symmetric one is among them: whoever had a public key could sign with it as if it were a shared secret.
 JwtAlgorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
@@ -161,10 +175,7 @@ class Settings(BaseSettings):
     @field_validator("database_url")
     @classmethod
     def _database_is_postgres(cls, url: str) -> str:
-        scheme, separator, rest = url.partition("://")
-        if not separator or scheme.partition("+")[0] not in ("postgresql", "postgres"):
-            raise ValueError("must begin with postgresql://")
-        return f"postgresql+asyncpg://{rest}"
+        return driver_url(url)
 
     @field_validator("redis_url")
     @classmethod
@@ -190,6 +201,44 @@ def _split(value: object) -> object:
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value
+
+
+def driver_url(url: str) -> str:
+    """PostgreSQL's URL as SQLAlchemy and the driver take it: TLS has other names there than at PostgreSQL's programs.
+
+    Raises `ValueError` for what cannot be read or is not known; its text repeats no password.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme.partition("+")[0] not in ("postgresql", "postgres"):
+        raise ValueError("must begin with postgresql://")
+    try:
+        read = make_url(f"postgresql+asyncpg://{rest}")
+    except (ArgumentError, ValueError):
+        raise ValueError(f"must be as postgresql://user:password@host:5432/name; {PERCENT_ENCODING}") from None
+    # Of what is named twice the last counts, as in PostgreSQL's own programs.
+    given = {name: value if isinstance(value, str) else value[-1] for name, value in read.query.items()}
+    if "ssl" in given:  # the driver's own name
+        given["sslmode"] = given.pop("ssl")
+    if unknown := [name for name in given if name not in DATABASE_PARAMETERS]:
+        raise ValueError(f"the parameter {unknown[0]!a} is not known; there are: {', '.join(DATABASE_PARAMETERS)}")
+    for name, allowed in (("sslmode", SSL_MODES), ("target_session_attrs", SESSION_ATTRIBUTES)):
+        if name in given and given[name] not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}")
+    query = {name: value for name, value in read.query.items() if name in ("host", "port", "target_session_attrs")}
+    tls = {name: given[name] for name in ("sslmode", *SSL_FILES) if name in given}
+    for name in tls.keys() & set(SSL_FILES):
+        tls[name] = _find_file(name, tls[name])
+    if tls:  # the driver takes the files only in a URL of its own, which SQLAlchemy hands over beside all else
+        query["dsn"] = f"postgresql://?{urlencode(tls)}"
+    return read.set(query=query).render_as_string(hide_password=False)
+
+
+def _find_file(name: str, path: str) -> str:
+    if (name, path) == ("sslrootcert", "system"):  # the certificates that this machine trusts
+        path = ssl.get_default_verify_paths().cafile or path
+    if not Path(path).is_file():
+        raise ValueError(f"{name}: there is no file {path!a}")
+    return path
 
 
 def load_settings() -> Settings:
