@@ -69,10 +69,24 @@ def test_a_missing_setting_ends_in_one_line(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 1
-    missing = [
-        f"{name} is not set" for name in ("DATABASE_URL", "REDIS_URL", "STRIPE_API_KEY", "STRIPE_WEBHOOK_SECRET")
-    ]
+    missing = [f"{name} is not set" for name in ("DATABASE_URL", "REDIS_URL", "STRIPE_API_KEY")]
     assert capsys.readouterr().err.splitlines() == ["error: " + "; ".join(missing)]
+
+
+@pytest.mark.usefixtures("environment")
+def test_only_who_receives_webhooks_needs_their_secret(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("STRIPE_WEBHOOK_SECRET")
+    assert run("migrate").exit_code == 0
+    made = run("webhooks", "setup", "--url", "https://billing.example.com/webhooks/stripe", "--json")
+    assert json.loads(made.stdout)["secret"].startswith("whsec_")
+    monkeypatch.setattr("sys.argv", ["tallystick", "serve"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "STRIPE_WEBHOOK_SECRET is not set: tallystick webhooks setup" in line
 
 
 @pytest.mark.usefixtures("environment")

@@ -127,7 +127,7 @@ def serve() -> None:
     from tallystick.connections import Connection
     from tallystick.logs import configure_logs
 
-    settings = load_settings()
+    settings = load_settings(to_serve=True)
     configure_logs(settings.log_level)
     # Each connection is an open file. Some systems allow 1,024 unless asked, which idle ones alone could use up.
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -20,6 +20,11 @@ from tallystick.errors import SettingsError
 
 # As browsers write an origin: lower case, the host as ASCII, no path. Nothing that could stand for many.
 ORIGIN = re.compile(r"https?://(?:[a-z0-9-]+(?:\.[a-z0-9-]+)*|\[[0-9a-f:]+\])(?::[1-9][0-9]{0,4})?")
+# Only who receives webhooks needs it, and `webhooks setup` must run before there is one.
+HOW_TO_RECEIVE_WEBHOOKS = (
+    "STRIPE_WEBHOOK_SECRET is not set: tallystick webhooks setup --url https://…/webhooks/stripe prints it once, and"
+    " Stripe's Dashboard shows that of an endpoint which is there already"
+)
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 # What a DATABASE_URL may ask for behind its `?`, as PostgreSQL's own programs name it.
@@ -48,7 +53,7 @@ class Settings(BaseSettings):
     redis_url: str = Field(validation_alias="REDIS_URL")
     stripe_api_key: SecretStr = Field(validation_alias="STRIPE_API_KEY")
     stripe_webhook_secret: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
-        validation_alias="STRIPE_WEBHOOK_SECRET", min_length=1
+        default=(), validation_alias="STRIPE_WEBHOOK_SECRET"
     )
     stripe_api_base: str = Field(default="https://api.stripe.com", validation_alias="STRIPE_API_BASE")
     stripe_meter_events_base: str | None = Field(default=None, validation_alias="STRIPE_METER_EVENTS_BASE")
@@ -116,7 +121,10 @@ class Settings(BaseSettings):
     @classmethod
     def _split_secrets(cls, value: object) -> object:
         """Several secrets, comma-separated, may be valid at once while one is being rolled."""
-        return _split(value)
+        secrets = _split(value)
+        if value and not secrets:
+            raise ValueError("there is no secret in it")
+        return secrets
 
     @field_validator("portal_return_origins", "cors_origins", "jwt_algorithms", mode="before")
     @classmethod
@@ -241,12 +249,18 @@ def _find_file(name: str, path: str) -> str:
     return path
 
 
-def load_settings() -> Settings:
-    """Read the environment. Raises `SettingsError` whose one line names every variable that is missing or wrong."""
+def load_settings(*, to_serve: bool = False) -> Settings:
+    """Read the environment; `to_serve` for a process that receives webhooks, which are signed with a secret.
+
+    Raises `SettingsError` whose one line names every variable that is missing or wrong.
+    """
     try:
-        return Settings()  # type: ignore[call-arg]  # the values come from the environment
+        settings = Settings()  # type: ignore[call-arg]  # the values come from the environment
     except ValidationError as error:
         raise SettingsError("; ".join(_explain(problem) for problem in error.errors(include_input=False))) from None
+    if to_serve and not settings.stripe_webhook_secret:
+        raise SettingsError(HOW_TO_RECEIVE_WEBHOOKS)
+    return settings
 
 
 def _explain(problem: object) -> str:

@@ -87,7 +87,7 @@ class Stack:
     def settings(self) -> Settings:
         """The settings that the stack's processes have."""
         with _environment(self.environment):
-            return load_settings()
+            return load_settings(to_serve=True)
 
     async def start_process(self, name: str, *arguments: str, **other: str) -> None:
         """Start `tallystick ARGUMENTS`, in the stack's environment but for `other`."""
