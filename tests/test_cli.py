@@ -1,6 +1,7 @@
 """The command line as an operator uses it, over a database of its own."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,44 @@ def test_only_who_receives_webhooks_needs_their_secret(
     assert ended.value.code == 1
     [line] = capsys.readouterr().err.splitlines()
     assert "STRIPE_WEBHOOK_SECRET is not set: tallystick webhooks setup" in line
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["serve"], "TALLYSTICK_PORT"),
+        (["worker"], "TALLYSTICK_WORKER_METRICS_PORT"),
+        (["fake-stripe", "--port"], "--port"),
+    ],
+)
+def test_a_port_that_is_taken_ends_in_one_line(
+    command: list[str], name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        monkeypatch.setenv(name, port)
+        monkeypatch.setattr("sys.argv", ["tallystick", *command, *([port] if "--port" in command else [])])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert ended.value.code == 1
+    said = capfd.readouterr()
+    assert said.err == f"error: port {port} ({name}) is taken: is another tallystick running?\n"
+    assert said.out == ""
+
+
+@pytest.mark.usefixtures("environment")
+def test_rules_that_cannot_be_read_end_in_one_line_before_anything_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TALLYSTICK_RULES_FILE", str(tmp_path / "rules.toml"))
+    monkeypatch.setenv("TALLYSTICK_PORT", "0")
+    monkeypatch.setattr("sys.argv", ["tallystick", "serve"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: TALLYSTICK_RULES_FILE ")
 
 
 @pytest.mark.usefixtures("environment")

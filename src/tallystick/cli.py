@@ -27,7 +27,7 @@ from tallystick.access.commands import app as access
 from tallystick.errors import TallystickError
 from tallystick.keys import app as keys
 from tallystick.notifications.commands import app as notifications
-from tallystick.terminal import Json, err, fail, out, run_async, with_resources
+from tallystick.terminal import Json, claim_port, err, fail, out, run_async, with_resources
 from tallystick.usage.commands import app as parked
 from tallystick.usage.correction_commands import app as corrections
 from tallystick.usage.reports import app as reports
@@ -104,6 +104,7 @@ def fake_stripe(
     """Run only the fake Stripe, to develop against without an account (see docs/fake-stripe.md)."""
     from tallystick.dev.fake_stripe.server import serve_fake_stripe
 
+    claim_port(port, "--port", host)
     serve_fake_stripe(host, port, state, seed)
 
 
@@ -126,8 +127,12 @@ def serve() -> None:
     from tallystick.config import load_settings
     from tallystick.connections import Connection
     from tallystick.logs import configure_logs
+    from tallystick.rules import load_rules
 
     settings = load_settings(to_serve=True)
+    # The application reads them again when it starts, where what is wrong would end in a traceback of the server's.
+    load_rules(settings.rules_file)
+    claim_port(settings.port, "TALLYSTICK_PORT", settings.host)
     configure_logs(settings.log_level)
     # Each connection is an open file. Some systems allow 1,024 unless asked, which idle ones alone could use up.
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -164,6 +169,8 @@ def worker() -> None:
     from tallystick.worker import run_worker
 
     settings = load_settings()
+    if settings.worker_metrics_port:
+        claim_port(settings.worker_metrics_port, "TALLYSTICK_WORKER_METRICS_PORT", settings.host)
     configure_logs(settings.log_level)
     _spare_collector()
     if settings.worker_metrics_port:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import socket
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -11,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
+
+from tallystick.errors import SettingsError
 
 if TYPE_CHECKING:
     from tallystick.resources import Resources
@@ -28,6 +32,30 @@ def fail(message: str) -> NoReturn:
     err.print("[bold red]error:[/] ", end="", markup=True)
     err.print(message, markup=False)
     sys.exit(1)
+
+
+def claim_port(port: int, name: str, host: str) -> int:
+    """A free port: the given one, which must be free on every address of the host, or any for 0.
+
+    Raises `SettingsError`, whose text has the `name` of the setting. A server that finds it out by itself says so in
+    many lines, or by a traceback.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, _, _, address in found:
+            with socket.socket(family, kind) as probe:
+                # As servers have it: what is left of connections of an earlier one does not matter.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+                port = port or int(probe.getsockname()[1])
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise SettingsError(f"port {port} ({name}) is taken: is another tallystick running?") from None
+        if error.errno != errno.EAFNOSUPPORT:  # no IPv6 here, which servers pass over
+            raise SettingsError(f"port {port} ({name}) of {host} cannot be used: {error.strerror}") from None
+    return port
 
 
 def run_async(work: Coroutine[Any, Any, T]) -> T:
