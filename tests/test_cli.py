@@ -129,15 +129,47 @@ def test_rules_that_cannot_be_read_end_in_one_line_before_anything_is_served(
 
 
 @pytest.mark.usefixtures("environment")
-def test_a_database_that_is_away_ends_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("command", "name", "value", "said"),
+    [
+        (
+            ["migrate"],
+            "DATABASE_URL",
+            "postgresql://127.0.0.1:1/none",
+            "PostgreSQL: connection refused; is DATABASE_URL right, and the server up?",
+        ),
+        (["migrate"], "DATABASE_URL", "{server}/none", 'PostgreSQL: database "none" does not exist; make it'),
+        (["keys", "list"], "DATABASE_URL", "{server}/template1", "the schema is not up to date: tallystick migrate"),
+        (["migrate"], "DATABASE_URL", "{server}/tallystick?sslmode=require", "PostgreSQL: the server has no TLS"),
+        (["migrate"], "DATABASE_URL", "postgresql://me:s3cret@s3cret.invalid/x", "PostgreSQL: its host cannot be res"),
+        (
+            ["migrate"],
+            "DATABASE_URL",
+            "postgresql://nobody:s3cret@127.0.0.1:{port}/tallystick",
+            'PostgreSQL: role "nobody" does not exist; is DATABASE_URL right? (in a password, write @ as %40',
+        ),
+        (["flush"], "REDIS_URL", "redis://:s3cret@127.0.0.1:1", "Redis: connection refused; is REDIS_URL right"),
+        (["webhooks", "setup", "--url", "https://a.example/"], "STRIPE_API_KEY", "s3cret", "Stripe: STRIPE_API_KEY is"),
+    ],
+)
+def test_a_part_that_fails_is_named_in_one_line(
+    command: list[str],
+    name: str,
+    value: str,
+    said: str,
+    servers: Servers,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("DATABASE_URL", "postgresql://127.0.0.1:1/none")
-    monkeypatch.setattr("sys.argv", ["tallystick", "migrate"])
+    server = servers.postgres.url.rpartition("/")[0]
+    monkeypatch.setenv(name, value.format(server=server, port=servers.postgres.port))
+    monkeypatch.setattr("sys.argv", ["tallystick", *command])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 1
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}")
+    assert "s3cret" not in line
 
 
 def test_every_command_says_what_it_does(project_root: Path) -> None:

@@ -96,6 +96,7 @@ def test_a_missing_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("DATABASE_URL", "mysql://localhost/x"),
         ("REDIS_URL", "localhost:6379"),
+        ("REDIS_URL", "redis://:pass/word@localhost:6379"),
         ("STRIPE_WEBHOOK_SECRET", "short"),
         ("STRIPE_WEBHOOK_SECRET", " , "),
         ("STRIPE_API_BASE", "api.stripe.com"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from tallystick import cli, db
+from tallystick import db
 from tallystick.config import driver_url
 from tests.conftest import Servers, make_settings
 from tests.notifications.test_addresses import make_certificate
@@ -60,24 +60,6 @@ async def test_tls_is_insisted_on(servers: Servers) -> None:
     with pytest.raises(ConnectionError, match="rejected SSL") as refused:
         await connect(f"{servers.postgres.url}?sslmode=require")
     assert db.is_storage_failure(refused.value)
-
-
-def test_a_server_without_tls_ends_in_one_line(
-    servers: Servers, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, value in {
-        "DATABASE_URL": f"{servers.postgres.url}?sslmode=require",
-        "REDIS_URL": servers.valkey.url,
-        "STRIPE_API_KEY": "sk_test_for_tests",
-        "STRIPE_WEBHOOK_SECRET": "whsec_for_tests",
-    }.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("sys.argv", ["tallystick", "migrate"])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 1
-    [line] = capsys.readouterr().err.splitlines()
-    assert "SSL" in line
 
 
 async def test_a_certificate_is_trusted_only_as_the_url_says(servers: Servers, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from tallystick.access.commands import app as access
 from tallystick.errors import TallystickError
 from tallystick.keys import app as keys
 from tallystick.notifications.commands import app as notifications
-from tallystick.terminal import Json, claim_port, err, fail, out, run_async, with_resources
+from tallystick.terminal import Json, claim_port, err, fail, failures_in_one_line, out, run_async, with_resources
 from tallystick.usage.commands import app as parked
 from tallystick.usage.correction_commands import app as corrections
 from tallystick.usage.reports import app as reports
@@ -73,7 +73,8 @@ def run(data: DataFolder = Path(".tallystick")) -> None:
     """
     from tallystick.dev.stack import run_until_stopped
 
-    _run_until_signal(lambda stop: run_until_stopped(data.resolve(), stop, out))
+    with failures_in_one_line():
+        _run_until_signal(lambda stop: run_until_stopped(data.resolve(), stop, out))
 
 
 @app.command()

@@ -190,6 +190,10 @@ class Settings(BaseSettings):
     def _redis_is_redis(cls, url: str) -> str:
         if urlsplit(url).scheme not in ("redis", "rediss", "unix"):
             raise ValueError("must begin with redis://, rediss:// or unix://")
+        try:
+            _ = urlsplit(url).port
+        except ValueError:  # its text has what may be a part of the password
+            raise ValueError(f"must be as redis://user:password@host:6379/0; {PERCENT_ENCODING}") from None
         return url
 
     @field_validator("stripe_api_base", "stripe_meter_events_base", "otel_endpoint")
