@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from tallystick import cli
+from tallystick import __version__, cli
 from tests.conftest import Servers
 
 
@@ -170,6 +170,11 @@ def test_a_part_that_fails_is_named_in_one_line(
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {said}")
     assert "s3cret" not in line
+
+
+def test_the_version_is_printed() -> None:
+    assert run("--version").stdout == f"tallystick {__version__}\n"
+    assert run("--version").exit_code == 0
 
 
 def test_every_command_says_what_it_does(project_root: Path) -> None:

@@ -23,6 +23,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tallystick import __version__
 from tallystick.access.commands import app as access
 from tallystick.errors import TallystickError
 from tallystick.keys import app as keys
@@ -62,6 +63,22 @@ def main() -> None:
         app()
     except TallystickError as error:
         fail(str(error))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"tallystick {__version__}")
+        raise typer.Exit
+
+
+PrintVersion = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+]
+
+
+@app.callback()
+def options(version: PrintVersion = False) -> None:
+    """What may stand before a command."""
 
 
 @app.command()
