@@ -4,9 +4,12 @@
 names the variable, so that the start stops with one line instead of a traceback.
 """
 
+import os
 import re
 import ssl
+from collections.abc import Iterator
 from decimal import Decimal
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlencode, urlsplit
@@ -20,6 +23,13 @@ from tallystick.errors import SettingsError
 
 # As browsers write an origin: lower case, the host as ASCII, no path. Nothing that could stand for many.
 ORIGIN = re.compile(r"https?://(?:[a-z0-9-]+(?:\.[a-z0-9-]+)*|\[[0-9a-f:]+\])(?::[1-9][0-9]{0,4})?")
+PREFIX = "TALLYSTICK_"
+# What `tallystick run` reads beside the settings (dev/stack.py).
+OF_RUN = ("TALLYSTICK_FAKE_STRIPE_PORT",)
+# A letter too many, too few or in another's place is above it. Below it is what Kubernetes sets where a service has our
+# name: TALLYSTICK_SERVICE_PORT, TALLYSTICK_METRICS_PORT and the like.
+ALIKE = 0.9
+
 # Only who receives webhooks needs it, and `webhooks setup` must run before there is one.
 HOW_TO_RECEIVE_WEBHOOKS = (
     "STRIPE_WEBHOOK_SECRET is not set: tallystick webhooks setup --url https://…/webhooks/stripe prints it once, and"
@@ -258,6 +268,8 @@ def load_settings(*, to_serve: bool = False) -> Settings:
 
     Raises `SettingsError` whose one line names every variable that is missing or wrong.
     """
+    if misspelt := "; ".join(_find_misspelt()):
+        raise SettingsError(misspelt)
     try:
         settings = Settings()  # type: ignore[call-arg]  # the values come from the environment
     except ValidationError as error:
@@ -265,6 +277,15 @@ def load_settings(*, to_serve: bool = False) -> Settings:
     if to_serve and not settings.stripe_webhook_secret:
         raise SettingsError(HOW_TO_RECEIVE_WEBHOOKS)
     return settings
+
+
+def _find_misspelt() -> Iterator[str]:
+    """Variables that are nearly a setting's. Others may be anybody's own, or Kubernetes's for a service of our name."""
+    known = [*(str(field.validation_alias) for field in Settings.model_fields.values()), *OF_RUN]
+    for name in sorted(os.environ):
+        if name.upper().startswith(PREFIX) and name.upper() not in known and os.environ[name]:
+            for meant in get_close_matches(name.upper(), known, n=1, cutoff=ALIKE):
+                yield f"{name} is no setting; did you mean {meant}?"
 
 
 def _explain(problem: object) -> str:
