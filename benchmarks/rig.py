@@ -20,8 +20,9 @@ from benchmarks.processes import cpu_of, peak_bytes, shared_out_bytes
 from benchmarks.report import CheckFailed, Side
 from tallystick import db
 from tallystick.auth import SCOPES, create_key
-from tallystick.dev.stack import Stack, claim_port, open_stack
+from tallystick.dev.stack import HOST, Stack, open_stack
 from tallystick.resources import Resources, open_resources
+from tallystick.terminal import claim_port
 from tallystick.usage.conservation import count_conservation
 from tallystick.usage.drain import drain
 
@@ -66,7 +67,7 @@ class Rig:
 
     async def start_second_api(self) -> int:
         """Start one more API process, as behind a balancer; its port. It ends with the rig."""
-        port = claim_port(0, SECOND_API)
+        port = claim_port(0, SECOND_API, HOST)
         await self.stack.start_process(SECOND_API, "serve", TALLYSTICK_PORT=str(port))
         await self.stack.wait_for(SECOND_API, f"http://127.0.0.1:{port}/readyz")
         return port
@@ -173,7 +174,7 @@ async def open_rig(
 
 
 async def _start_bare(stack: Stack) -> int:
-    port = claim_port(0, BARE)
+    port = claim_port(0, BARE, HOST)
     await stack.start_command(BARE, sys.executable, str(Path(__file__).with_name("bare.py")), str(port))
     await stack.wait_for(BARE, f"http://127.0.0.1:{port}/nothing")
     return port

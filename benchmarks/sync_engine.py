@@ -15,7 +15,8 @@ from benchmarks.rig import Rig
 from benchmarks.stripe_events import StripeEvents
 from benchmarks.turns import Lane, http_lane
 from tallystick import db
-from tallystick.dev.stack import claim_port
+from tallystick.dev.stack import HOST
+from tallystick.terminal import claim_port
 
 NAME = "Stripe's sync-engine"
 SERVER = Path(__file__).with_suffix(".mjs")
@@ -32,7 +33,7 @@ class SyncEngine:
 
     async def start(self, folder: Path, *, connections: int) -> Lane:
         """Start it, and return the lane that sends it events. It ends with the rig."""
-        stack, port = self._rig.stack, claim_port(0, NAME)
+        stack, port = self._rig.stack, claim_port(0, NAME, HOST)
         given = (stack.environment["DATABASE_URL"], stack.environment["STRIPE_WEBHOOK_SECRET"])
         await stack.start_command(NAME, "node", str(SERVER), str(folder), str(port), *given)
         await stack.wait_for(NAME, f"http://127.0.0.1:{port}/")

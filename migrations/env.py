@@ -7,6 +7,8 @@ from alembic import context
 from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from tallystick.config import driver_url
+
 
 def migrate(connection: Connection) -> None:
     # One transaction for all: a start that dies in between leaves the old schema, not half of the new one.
@@ -16,8 +18,7 @@ def migrate(connection: Connection) -> None:
 
 
 async def connect_and_migrate() -> None:
-    url = os.environ["DATABASE_URL"]
-    engine = create_async_engine("postgresql+asyncpg://" + url.partition("://")[2])
+    engine = create_async_engine(driver_url(os.environ["DATABASE_URL"]))
     async with engine.connect() as connection:
         await connection.run_sync(migrate)
         await connection.commit()

@@ -96,6 +96,7 @@ def test_a_missing_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("DATABASE_URL", "mysql://localhost/x"),
         ("REDIS_URL", "localhost:6379"),
+        ("REDIS_URL", "redis://:pass/word@localhost:6379"),
         ("STRIPE_WEBHOOK_SECRET", "short"),
         ("STRIPE_WEBHOOK_SECRET", " , "),
         ("STRIPE_API_BASE", "api.stripe.com"),
@@ -159,6 +160,33 @@ def test_origins_and_key_sets_are_taken_as_they_should_be_written(monkeypatch: p
     settings = load_settings()
     assert settings.cors_origins == ("https://app.example.com", "http://localhost:3000", "http://[::1]:8000")
     assert settings.jwt_algorithms == ("ES256", "EdDSA")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("TALLYSTICK_PROT", "TALLYSTICK_PORT"),
+        ("TALLYSTICK_LOGLEVEL", "TALLYSTICK_LOG_LEVEL"),
+        ("TALLYSTICK_PORTAL_RETURN_ORIGIN", "TALLYSTICK_PORTAL_RETURN_ORIGINS"),
+    ],
+)
+def test_a_misspelt_setting_is_not_passed_over(monkeypatch: pytest.MonkeyPatch, name: str, meant: str) -> None:
+    set_environment(monkeypatch, **{name: "8081"})
+    with pytest.raises(SettingsError) as refused:
+        load_settings()
+    assert str(refused.value) == f"{name} is no setting; did you mean {meant}?"
+
+
+def test_variables_of_others_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        *("KEY", "URL", "API_KEY", "HOME", "VERSION", "FAKE_STRIPE_PORT"),
+        # By Kubernetes, for services that are named tallystick, tallystick-metrics, tallystick-worker and -stripe.
+        *("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT_8080_TCP", "PORT_8080_TCP_PORT"),
+        *("PORT_8080_TCP_ADDR", "PORT_8080_TCP_PROTO", "METRICS_PORT", "WORKER_PORT", "API_PORT", "STRIPE_PORT"),
+    ):
+        monkeypatch.setenv(f"TALLYSTICK_{name}", "tcp://10.0.0.1:8080")
+    set_environment(monkeypatch)
+    load_settings()
 
 
 def test_several_webhook_secrets_may_be_valid_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from tallystick import db
+from tallystick.errors import SchemaError
 from tests.conftest import Servers
 
 HOUR = datetime(2026, 11, 1, 9, tzinfo=UTC)
@@ -51,6 +52,55 @@ def upgrade(connection: Connection, revision: str) -> None:
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
     command.upgrade(config, revision)
+
+
+async def execute(engine: AsyncEngine, *statements: str) -> None:
+    async with engine.begin() as connection:
+        for statement in statements:
+            await connection.execute(text(statement))
+
+
+async def test_a_database_that_others_use_is_left_alone(empty_database: AsyncEngine) -> None:
+    name = empty_database.url.database
+    await execute(
+        empty_database, *(f"CREATE TABLE {table} (id int)" for table in ("users", "orders", "carts", "pages"))
+    )
+    with pytest.raises(SchemaError) as refused:
+        await db.migrate(empty_database)
+    assert str(refused.value) == (
+        f"the database '{name}' holds other tables (carts, orders, pages, …); give tallystick a database of its own"
+    )
+    # Its own migrations may have the numbers that ours have.
+    await execute(
+        empty_database,
+        "CREATE TABLE alembic_version (version_num varchar(32))",
+        "INSERT INTO alembic_version VALUES ('0001')",
+    )
+    with pytest.raises(SchemaError, match="holds other tables"):
+        await db.migrate(empty_database)
+
+
+async def test_what_extensions_and_other_schemas_hold_is_in_nobodys_way(empty_database: AsyncEngine) -> None:
+    await execute(
+        empty_database,
+        "CREATE TABLE spatial_ref_sys (srid int)",
+        "ALTER EXTENSION plpgsql ADD TABLE spatial_ref_sys",
+        "CREATE SCHEMA stripe",
+        "CREATE TABLE stripe.customers (id text)",
+    )
+    await db.migrate(empty_database)
+    await db.migrate(empty_database)
+
+
+async def test_a_revision_that_is_not_known_is_named(empty_database: AsyncEngine) -> None:
+    await db.migrate(empty_database)
+    await execute(empty_database, "UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(SchemaError, match=r"^the database is at '9999', which this release does not know: .*newer"):
+        await db.migrate(empty_database)
+    # Two heads, as others' migrations may have.
+    await execute(empty_database, "INSERT INTO alembic_version VALUES ('abc123')")
+    async with empty_database.connect() as connection:
+        assert not await db.schema_is_current(connection)
 
 
 async def test_open_events_of_a_count_meter_stay_open_and_sealed_ones_stay_sealed(empty_database: AsyncEngine) -> None:

@@ -23,11 +23,12 @@ from typing import Annotated, Any
 
 import typer
 
+from tallystick import __version__
 from tallystick.access.commands import app as access
 from tallystick.errors import TallystickError
 from tallystick.keys import app as keys
 from tallystick.notifications.commands import app as notifications
-from tallystick.terminal import Json, err, fail, out, run_async, with_resources
+from tallystick.terminal import Json, claim_port, err, fail, failures_in_one_line, out, run_async, with_resources
 from tallystick.usage.commands import app as parked
 from tallystick.usage.correction_commands import app as corrections
 from tallystick.usage.reports import app as reports
@@ -64,6 +65,22 @@ def main() -> None:
         fail(str(error))
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"tallystick {__version__}")
+        raise typer.Exit
+
+
+PrintVersion = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+]
+
+
+@app.callback()
+def options(version: PrintVersion = False) -> None:
+    """What may stand before a command."""
+
+
 @app.command()
 def run(data: DataFolder = Path(".tallystick")) -> None:
     """Start everything on this machine: PostgreSQL, Valkey, a fake Stripe, the API and a worker. Ctrl-C stops it.
@@ -73,7 +90,8 @@ def run(data: DataFolder = Path(".tallystick")) -> None:
     """
     from tallystick.dev.stack import run_until_stopped
 
-    _run_until_signal(lambda stop: run_until_stopped(data.resolve(), stop, out))
+    with failures_in_one_line():
+        _run_until_signal(lambda stop: run_until_stopped(data.resolve(), stop, out))
 
 
 @app.command()
@@ -104,6 +122,7 @@ def fake_stripe(
     """Run only the fake Stripe, to develop against without an account (see docs/fake-stripe.md)."""
     from tallystick.dev.fake_stripe.server import serve_fake_stripe
 
+    claim_port(port, "--port", host)
     serve_fake_stripe(host, port, state, seed)
 
 
@@ -126,8 +145,12 @@ def serve() -> None:
     from tallystick.config import load_settings
     from tallystick.connections import Connection
     from tallystick.logs import configure_logs
+    from tallystick.rules import load_rules
 
-    settings = load_settings()
+    settings = load_settings(to_serve=True)
+    # The application reads them again when it starts, where what is wrong would end in a traceback of the server's.
+    load_rules(settings.rules_file)
+    claim_port(settings.port, "TALLYSTICK_PORT", settings.host)
     configure_logs(settings.log_level)
     # Each connection is an open file. Some systems allow 1,024 unless asked, which idle ones alone could use up.
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -164,6 +187,8 @@ def worker() -> None:
     from tallystick.worker import run_worker
 
     settings = load_settings()
+    if settings.worker_metrics_port:
+        claim_port(settings.worker_metrics_port, "TALLYSTICK_WORKER_METRICS_PORT", settings.host)
     configure_logs(settings.log_level)
     _spare_collector()
     if settings.worker_metrics_port:

@@ -4,20 +4,49 @@
 names the variable, so that the start stops with one line instead of a traceback.
 """
 
+import os
 import re
+import ssl
+from collections.abc import Iterator
 from decimal import Decimal
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
 
 from tallystick.errors import SettingsError
 
 # As browsers write an origin: lower case, the host as ASCII, no path. Nothing that could stand for many.
 ORIGIN = re.compile(r"https?://(?:[a-z0-9-]+(?:\.[a-z0-9-]+)*|\[[0-9a-f:]+\])(?::[1-9][0-9]{0,4})?")
+PREFIX = "TALLYSTICK_"
+# What `tallystick run` reads beside the settings (dev/stack.py).
+OF_RUN = ("TALLYSTICK_FAKE_STRIPE_PORT",)
+# A letter too many, too few or in another's place is above it. Below it is what Kubernetes sets where a service has our
+# name: TALLYSTICK_SERVICE_PORT, TALLYSTICK_METRICS_PORT and the like.
+ALIKE = 0.9
+
+# Only who receives webhooks needs it, and `webhooks setup` must run before there is one.
+HOW_TO_RECEIVE_WEBHOOKS = (
+    "STRIPE_WEBHOOK_SECRET is not set: tallystick webhooks setup --url https://…/webhooks/stripe prints it once, and"
+    " Stripe's Dashboard shows that of an endpoint which is there already"
+)
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+# What a DATABASE_URL may ask for behind its `?`, as PostgreSQL's own programs name it.
+SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+SSL_FILES = ("sslrootcert", "sslcert", "sslkey")
+# Others would choose a standby, which takes no writes.
+SESSION_ATTRIBUTES = ("any", "primary", "read-write")
+# We set the first two ourselves. The last the driver does not know, and to leave it out takes no encryption away.
+LEFT_OUT = ("connect_timeout", "application_name", "channel_binding")
+DATABASE_PARAMETERS = ("sslmode", *SSL_FILES, "target_session_attrs", "host", "port", *LEFT_OUT)
+
+PERCENT_ENCODING = "in a password, write @ as %40, : as %3A, / as %2F and % as %25"
 
 # No symmetric one is among them: whoever had a public key could sign with it as if it were a shared secret.
 JwtAlgorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
@@ -34,7 +63,7 @@ class Settings(BaseSettings):
     redis_url: str = Field(validation_alias="REDIS_URL")
     stripe_api_key: SecretStr = Field(validation_alias="STRIPE_API_KEY")
     stripe_webhook_secret: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
-        validation_alias="STRIPE_WEBHOOK_SECRET", min_length=1
+        default=(), validation_alias="STRIPE_WEBHOOK_SECRET"
     )
     stripe_api_base: str = Field(default="https://api.stripe.com", validation_alias="STRIPE_API_BASE")
     stripe_meter_events_base: str | None = Field(default=None, validation_alias="STRIPE_METER_EVENTS_BASE")
@@ -102,7 +131,10 @@ class Settings(BaseSettings):
     @classmethod
     def _split_secrets(cls, value: object) -> object:
         """Several secrets, comma-separated, may be valid at once while one is being rolled."""
-        return _split(value)
+        secrets = _split(value)
+        if value and not secrets:
+            raise ValueError("there is no secret in it")
+        return secrets
 
     @field_validator("portal_return_origins", "cors_origins", "jwt_algorithms", mode="before")
     @classmethod
@@ -161,16 +193,17 @@ class Settings(BaseSettings):
     @field_validator("database_url")
     @classmethod
     def _database_is_postgres(cls, url: str) -> str:
-        scheme, separator, rest = url.partition("://")
-        if not separator or scheme.partition("+")[0] not in ("postgresql", "postgres"):
-            raise ValueError("must begin with postgresql://")
-        return f"postgresql+asyncpg://{rest}"
+        return driver_url(url)
 
     @field_validator("redis_url")
     @classmethod
     def _redis_is_redis(cls, url: str) -> str:
         if urlsplit(url).scheme not in ("redis", "rediss", "unix"):
             raise ValueError("must begin with redis://, rediss:// or unix://")
+        try:
+            _ = urlsplit(url).port
+        except ValueError:  # its text has what may be a part of the password
+            raise ValueError(f"must be as redis://user:password@host:6379/0; {PERCENT_ENCODING}") from None
         return url
 
     @field_validator("stripe_api_base", "stripe_meter_events_base", "otel_endpoint")
@@ -192,12 +225,67 @@ def _split(value: object) -> object:
     return value
 
 
-def load_settings() -> Settings:
-    """Read the environment. Raises `SettingsError` whose one line names every variable that is missing or wrong."""
+def driver_url(url: str) -> str:
+    """PostgreSQL's URL as SQLAlchemy and the driver take it: TLS has other names there than at PostgreSQL's programs.
+
+    Raises `ValueError` for what cannot be read or is not known; its text repeats no password.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme.partition("+")[0] not in ("postgresql", "postgres"):
+        raise ValueError("must begin with postgresql://")
     try:
-        return Settings()  # type: ignore[call-arg]  # the values come from the environment
+        read = make_url(f"postgresql+asyncpg://{rest}")
+    except (ArgumentError, ValueError):
+        raise ValueError(f"must be as postgresql://user:password@host:5432/name; {PERCENT_ENCODING}") from None
+    # Of what is named twice the last counts, as in PostgreSQL's own programs.
+    given = {name: value if isinstance(value, str) else value[-1] for name, value in read.query.items()}
+    if "ssl" in given:  # the driver's own name
+        given["sslmode"] = given.pop("ssl")
+    if unknown := [name for name in given if name not in DATABASE_PARAMETERS]:
+        raise ValueError(f"the parameter {unknown[0]!a} is not known; there are: {', '.join(DATABASE_PARAMETERS)}")
+    for name, allowed in (("sslmode", SSL_MODES), ("target_session_attrs", SESSION_ATTRIBUTES)):
+        if name in given and given[name] not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}")
+    query = {name: value for name, value in read.query.items() if name in ("host", "port", "target_session_attrs")}
+    tls = {name: given[name] for name in ("sslmode", *SSL_FILES) if name in given}
+    for name in tls.keys() & set(SSL_FILES):
+        tls[name] = _find_file(name, tls[name])
+    if tls:  # the driver takes the files only in a URL of its own, which SQLAlchemy hands over beside all else
+        query["dsn"] = f"postgresql://?{urlencode(tls)}"
+    return read.set(query=query).render_as_string(hide_password=False)
+
+
+def _find_file(name: str, path: str) -> str:
+    if (name, path) == ("sslrootcert", "system"):  # the certificates that this machine trusts
+        path = ssl.get_default_verify_paths().cafile or path
+    if not Path(path).is_file():
+        raise ValueError(f"{name}: there is no file {path!a}")
+    return path
+
+
+def load_settings(*, to_serve: bool = False) -> Settings:
+    """Read the environment; `to_serve` for a process that receives webhooks, which are signed with a secret.
+
+    Raises `SettingsError` whose one line names every variable that is missing or wrong.
+    """
+    if misspelt := "; ".join(_find_misspelt()):
+        raise SettingsError(misspelt)
+    try:
+        settings = Settings()  # type: ignore[call-arg]  # the values come from the environment
     except ValidationError as error:
         raise SettingsError("; ".join(_explain(problem) for problem in error.errors(include_input=False))) from None
+    if to_serve and not settings.stripe_webhook_secret:
+        raise SettingsError(HOW_TO_RECEIVE_WEBHOOKS)
+    return settings
+
+
+def _find_misspelt() -> Iterator[str]:
+    """Variables that are nearly a setting's. Others may be anybody's own, or Kubernetes's for a service of our name."""
+    known = [*(str(field.validation_alias) for field in Settings.model_fields.values()), *OF_RUN]
+    for name in sorted(os.environ):
+        if name.upper().startswith(PREFIX) and name.upper() not in known and os.environ[name]:
+            for meant in get_close_matches(name.upper(), known, n=1, cutoff=ALIKE):
+                yield f"{name} is no setting; did you mean {meant}?"
 
 
 def _explain(problem: object) -> str:

@@ -27,6 +27,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from tallystick.config import Settings
+from tallystick.errors import SchemaError
 
 # Together they keep the worst case of one transaction below the 10 s after which a webhook sender should have its
 # answer.
@@ -322,8 +323,53 @@ def _alembic(connection: SyncConnection | None = None) -> Config:
     return config
 
 
+# Of the schema that the migrations write to, which is `public` unless the role has another. An extension's tables, such
+# as PostGIS's, say nothing of who uses the database.
+TABLES = text("""
+    SELECT c.relname, current_database() AS database
+      FROM pg_class c
+      JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspname = current_schema()
+     WHERE c.relkind IN ('r', 'p', 'f') AND NOT c.relispartition AND c.relname <> 'alembic_version'
+       AND NOT EXISTS (SELECT FROM pg_depend d
+                        WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e')
+     ORDER BY c.relname
+""")
+# Since the first migration.
+OUR_TABLES = {"installation", "stripe_events"}
+TABLES_NAMED = 3
+
+
+def _refuse_what_is_not_ours(connection: SyncConnection) -> None:
+    """Raise `SchemaError` for a database that is another program's, or further than this release."""
+    from alembic.runtime.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+
+    known = {script.revision for script in ScriptDirectory.from_config(_alembic()).walk_revisions()}
+    for revision in MigrationContext.configure(connection).get_current_heads():
+        if revision not in known:
+            raise SchemaError(
+                f"the database is at {revision!r}, which this release does not know: it is another program's, or a"
+                " newer tallystick's"
+            )
+    tables = connection.execute(TABLES).all()
+    names = [table.relname for table in tables]
+    if names and not OUR_TABLES.issubset(names):
+        named = ", ".join(names[:TABLES_NAMED]) + (", …" if len(names) > TABLES_NAMED else "")
+        raise SchemaError(
+            f"the database {tables[0].database!r} holds other tables ({named}); give tallystick a database of its own"
+        )
+
+
+def _upgrade(connection: SyncConnection) -> None:
+    _refuse_what_is_not_ours(connection)
+    command.upgrade(_alembic(connection), "head")
+
+
 async def migrate(engine: AsyncEngine) -> None:
-    """Bring the schema up to date. Safe for several processes at once: the second waits, then finds nothing to do."""
+    """Bring the schema up to date. Safe for several processes at once: the second waits, then finds nothing to do.
+
+    Raises `SchemaError`, having changed nothing, where there is something else than tallystick's schema.
+    """
     # A connection of its own, without the limits that are meant for requests.
     patient = create_async_engine(
         engine.url, poolclass=NullPool, connect_args={"timeout": CONNECT_TIMEOUT_SECONDS}, hide_parameters=True
@@ -333,7 +379,7 @@ async def migrate(engine: AsyncEngine) -> None:
         await connection.execute(text(f"SET LOCAL statement_timeout = '{MIGRATION_TIMEOUT_SECONDS}s'"))
         await connection.execute(text("SET LOCAL timezone = 'UTC'"))
         await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
-        await connection.run_sync(lambda sync: command.upgrade(_alembic(sync), "head"))
+        await connection.run_sync(_upgrade)
 
 
 async def schema_is_current(connection: AsyncConnection) -> bool:
@@ -342,7 +388,7 @@ async def schema_is_current(connection: AsyncConnection) -> bool:
     from alembic.script import ScriptDirectory
 
     newest = await asyncio.to_thread(lambda: ScriptDirectory.from_config(_alembic()).get_current_head())
-    return await connection.run_sync(lambda sync: MigrationContext.configure(sync).get_current_revision()) == newest
+    return await connection.run_sync(lambda sync: MigrationContext.configure(sync).get_current_heads()) == (newest,)
 
 
 def to_columns(names: Sequence[str], rows: Sequence[tuple[object, ...]]) -> dict[str, list[object]]:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from sqlalchemy import text
 
 from tallystick import db
-from tallystick.config import Settings, load_settings
+from tallystick.config import HOW_TO_RECEIVE_WEBHOOKS, Settings, load_settings
 from tallystick.errors import SettingsError
 from tallystick.loops import read_last_done
 from tallystick.mirror.marks import NEVER
@@ -70,7 +70,7 @@ async def examine(clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> 
     except SettingsError as error:
         return [bad("settings", f"{error}; see docs/configuration.md")]
     rules, finding = _examine_rules(settings)
-    findings = [good("settings", "all are there"), finding]
+    findings = [_examine_secret(settings), finding]
     # A rules file that is wrong has been found; it must not hide what else there is to find.
     settings = settings.model_copy(update={"rules_file": None})
     async with open_resources(settings, application_name="tallystick doctor") as resources:
@@ -83,6 +83,12 @@ async def examine(clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> 
         findings += [finding async for finding in _examine_worker(resources, clock())]
     findings += await asyncio.gather(*(_examine_receiver(endpoint) for endpoint in rules.notifications))
     return findings
+
+
+def _examine_secret(settings: Settings) -> Finding:
+    if not settings.stripe_webhook_secret:
+        return bad("settings", HOW_TO_RECEIVE_WEBHOOKS)
+    return good("settings", "all are there")
 
 
 def _examine_rules(settings: Settings) -> tuple[Rules, Finding]:

@@ -2,6 +2,7 @@
 
 TallystickError
 ├── SettingsError          the start is refused
+├── SchemaError            the migration is refused
 └── Problem                an HTTP answer `application/problem+json`
     ├── InvalidRequest     400/422  the body or a parameter is wrong
     ├── Untrusted          400      a webhook that cannot be trusted
@@ -34,6 +35,10 @@ class TallystickError(Exception):
 
 class SettingsError(TallystickError):
     """A setting is missing or wrong; the text names it."""
+
+
+class SchemaError(TallystickError):
+    """A database that another program uses, or a newer release of this one; nothing of it is changed."""
 
 
 class Problem(TallystickError):

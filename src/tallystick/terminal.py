@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import socket
+import ssl
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -11,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
+
+from tallystick.errors import SettingsError
 
 if TYPE_CHECKING:
     from tallystick.resources import Resources
@@ -30,6 +35,30 @@ def fail(message: str) -> NoReturn:
     sys.exit(1)
 
 
+def claim_port(port: int, name: str, host: str) -> int:
+    """A free port: the given one, which must be free on every address of the host, or any for 0.
+
+    Raises `SettingsError`, whose text has the `name` of the setting. A server that finds it out by itself says so in
+    many lines, or by a traceback.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, _, _, address in found:
+            with socket.socket(family, kind) as probe:
+                # As servers have it: what is left of connections of an earlier one does not matter.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+                port = port or int(probe.getsockname()[1])
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise SettingsError(f"port {port} ({name}) is taken: is another tallystick running?") from None
+        if error.errno != errno.EAFNOSUPPORT:  # no IPv6 here, which servers pass over
+            raise SettingsError(f"port {port} ({name}) of {host} cannot be used: {error.strerror}") from None
+    return port
+
+
 def run_async(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine to its end, on the event loop that the service runs on: much quicker than Python's own."""
     import uvloop
@@ -41,9 +70,7 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
 def with_resources(work: Callable[[Resources], Coroutine[Any, Any, T]]) -> T:
     """Run a command's work over open resources; storage and Stripe errors end in one line."""
     # Imported when a command runs: `--help` needs none of them, and together they take a second.
-    from tallystick import db, stripe_gateway
     from tallystick.config import load_settings
-    from tallystick.redis_client import REDIS_ERRORS
     from tallystick.resources import open_resources
 
     settings = load_settings()
@@ -52,11 +79,86 @@ def with_resources(work: Callable[[Resources], Coroutine[Any, Any, T]]) -> T:
         async with open_resources(settings, application_name="tallystick cli") as resources:
             return await work(resources)
 
+    with failures_in_one_line(), only_warnings_logged():
+        return run_async(call())
+
+
+@contextmanager
+def failures_in_one_line() -> Iterator[None]:
+    """End in one line when PostgreSQL, Redis or Stripe fails: which of them, and what to look at."""
+    from tallystick import db, stripe_gateway
+    from tallystick.redis_client import REDIS_ERRORS
+
     try:
-        with only_warnings_logged():
-            return run_async(call())
+        yield
     except (*db.STORAGE_ERRORS, *REDIS_ERRORS, *stripe_gateway.STRIPE_ERRORS) as error:
-        fail(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        fail(_explain(error))
+
+
+def _explain(error: Exception) -> str:
+    """One line, which repeats no password and no value of a statement's."""
+    from redis.exceptions import RedisError
+
+    from tallystick import db, stripe_gateway
+
+    if isinstance(error, stripe_gateway.STRIPE_ERRORS):
+        if error.http_status == 401:
+            return "Stripe: STRIPE_API_KEY is refused"
+        part, hint = "Stripe", "can it be reached from here?"
+    elif isinstance(error, RedisError):
+        part, hint = "Redis", "is REDIS_URL right, and the server up?"
+    elif isinstance(error, db.STORAGE_ERRORS) and getattr(error, "filename", None) is None:
+        part, hint = "PostgreSQL", "is DATABASE_URL right, and the server up?"
+    else:
+        return f"{type(error).__name__}: {_first_line(error)}"
+    causes = list(_causes(error))
+    for cause in causes:
+        if (state := getattr(cause, "sqlstate", None)) is not None:
+            return _explain_state(state, cause)
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f"{part}: its certificate is not trusted ({cause.verify_message}); see sslrootcert"
+        if isinstance(cause, ConnectionRefusedError):
+            return f"{part}: connection refused; {hint}"
+        if isinstance(cause, socket.gaierror):  # what was taken for the host may be a part of the password
+            return f"{part}: its host cannot be resolved; {hint} {_percent_encoding()}"
+        if isinstance(cause, TimeoutError):
+            return f"{part}: no answer in time; {hint}"
+        if "rejected SSL" in str(cause):
+            return f"{part}: the server has no TLS, which DATABASE_URL asks for; see sslmode"
+    return f"{part}: {_first_line(getattr(error, 'orig', None) or error)}"
+
+
+def _explain_state(state: str, error: BaseException) -> str:
+    """What PostgreSQL itself said, by its SQLSTATE."""
+    if state in ("42P01", "42703"):  # a table or a column that is not there
+        return "the schema is not up to date: tallystick migrate"
+    if state == "3D000":
+        return f"PostgreSQL: {_first_line(error)}; make it, or mend DATABASE_URL"
+    if state.startswith("28"):
+        return f"PostgreSQL: {_first_line(error)}; is DATABASE_URL right? {_percent_encoding()}"
+    if state.startswith("22"):  # the text has the value
+        return f"PostgreSQL: it cannot take a value (SQLSTATE {state})"
+    return f"PostgreSQL: {_first_line(error)}"
+
+
+def _percent_encoding() -> str:
+    from tallystick.config import PERCENT_ENCODING
+
+    return f"({PERCENT_ENCODING})"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what led to it, which may be a circle where one was raised again."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        yield cause
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__
 
 
 @contextmanager

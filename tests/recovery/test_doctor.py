@@ -132,6 +132,15 @@ async def test_settings_that_are_missing_are_named(healthy: Resources, monkeypat
     assert "STRIPE_API_KEY is not set" in finding.text
 
 
+async def test_a_webhook_secret_that_is_missing_hides_nothing_else(
+    healthy: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("STRIPE_WEBHOOK_SECRET")
+
+    assert list(await wrong()) == ["settings"]
+    assert "tallystick webhooks setup --url" in (await wrong())["settings"]
+
+
 async def test_a_wrong_rules_file_is_named_and_hides_nothing_else(
     healthy: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

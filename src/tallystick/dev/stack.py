@@ -10,7 +10,6 @@ import json
 import os
 import secrets
 import shlex
-import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -30,6 +29,7 @@ from tallystick.dev.embedded import EmbeddedPostgres, EmbeddedValkey
 from tallystick.errors import TallystickError
 from tallystick.resources import open_resources
 from tallystick.stripe_gateway import API_VERSION
+from tallystick.terminal import claim_port
 from tallystick.usage.partitions import keep_partitions
 from tallystick.webhooks.translate import HANDLED_TYPES
 
@@ -87,7 +87,7 @@ class Stack:
     def settings(self) -> Settings:
         """The settings that the stack's processes have."""
         with _environment(self.environment):
-            return load_settings()
+            return load_settings(to_serve=True)
 
     async def start_process(self, name: str, *arguments: str, **other: str) -> None:
         """Start `tallystick ARGUMENTS`, in the stack's environment but for `other`."""
@@ -159,7 +159,7 @@ async def open_stack(
     (data / "logs").mkdir(parents=True, exist_ok=True)
     environment = {
         "TALLYSTICK_HOST": HOST,
-        "TALLYSTICK_PORT": str(claim_port(ports["api"], "TALLYSTICK_PORT")),
+        "TALLYSTICK_PORT": str(claim_port(ports["api"], "TALLYSTICK_PORT", HOST)),
         "TALLYSTICK_PORTAL_RETURN_ORIGINS": given.get("TALLYSTICK_PORTAL_RETURN_ORIGINS", "http://localhost:3000"),
     }
     async with AsyncExitStack() as parts:
@@ -284,7 +284,7 @@ async def _start_stores(
 
 
 async def _start_fake_stripe(stack: Stack, parts: AsyncExitStack, port: int) -> None:
-    port = claim_port(port, "the fake Stripe")
+    port = claim_port(port, "TALLYSTICK_FAKE_STRIPE_PORT", HOST)
     secret = _keep_secret(stack.data / "webhook_secret", lambda: f"whsec_{secrets.token_hex(24)}")
     stack.environment |= {
         "STRIPE_API_KEY": "sk_test_fake",
@@ -314,17 +314,6 @@ def _keep_secret(file: Path, make: Callable[[], str]) -> str:
         with os.fdopen(descriptor, "w") as opened:
             opened.write(make())
     return file.read_text().strip()
-
-
-def claim_port(port: int, name: str) -> int:
-    """A free port: the given one, which must be free, or any for 0."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            raise StackError(f"port {port} ({name}) is taken; is another tallystick running?") from None
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager
