@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -13,6 +12,7 @@ from sqlalchemy import text
 from tallystick import db
 from tallystick.config import Settings, load_settings
 from tallystick.errors import SettingsError
+from tallystick.findings import Finding, bad, good
 from tallystick.loops import read_last_done
 from tallystick.mirror.marks import NEVER
 from tallystick.notifications.addresses import AddressRefused, resolve
@@ -39,28 +39,6 @@ LOOP_LATE_AFTER = timedelta(minutes=2)
 CONNECT_SECONDS = 3
 # The worker's loop runs each minute, and stays five minutes behind on purpose.
 RECOVERED_WITHIN = timedelta(minutes=20)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What was found about one part. `text` says what it is when it is good, and how to mend it when it is not."""
-
-    part: str
-    good: bool
-    text: str
-
-    def as_json(self) -> dict[str, object]:
-        return {"part": self.part, "ok": self.good, "text": self.text}
-
-
-def good(part: str, text: str) -> Finding:
-    """A part that is as it should be."""
-    return Finding(part, good=True, text=text)
-
-
-def bad(part: str, text: str) -> Finding:
-    """A part to be mended."""
-    return Finding(part, good=False, text=text)
 
 
 async def examine(clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> list[Finding]:
@@ -231,9 +209,12 @@ async def _examine_stripe(resources: Resources, clock: Callable[[], datetime], r
     yield good("Stripe", f"the key works, in {mode} mode")
     yield _examine_stripes_clock(answer.headers.get("date"), asked, clock())
     try:
-        yield _examine_endpoints(await list_endpoints(Reader(resources)), mode)
+        endpoints = await list_endpoints(Reader(resources))
     except STRIPE_ERRORS as error:
         yield bad("webhook endpoint", f"it cannot be looked at ({_brief(error)}); may the key read webhook endpoints?")
+    else:
+        for finding in _examine_endpoints(endpoints, mode):
+            yield finding
     try:
         yield await _examine_meters(resources, rules)
     except STRIPE_ERRORS as error:
@@ -251,16 +232,30 @@ def _examine_stripes_clock(date: str | None, asked: datetime, answered: datetime
     return _examine_clock("Stripe", parsedate_to_datetime(date), asked - timedelta(seconds=1), answered)
 
 
-def _examine_endpoints(endpoints: list[dict[str, Any]], mode: str) -> Finding:
+def _examine_endpoints(endpoints: list[dict[str, Any]], mode: str) -> list[Finding]:
+    """One finding for each endpoint of ours: nobody can tell which of them is the one in use."""
     ours = [endpoint for endpoint in endpoints if is_ours(endpoint)]
     if not ours:
+        return [
+            bad("webhook endpoint", f"there is none in {mode} mode: tallystick webhooks setup --url …/webhooks/stripe")
+        ]
+    return [_examine_endpoint(endpoint) for endpoint in ours]
+
+
+def _examine_endpoint(endpoint: Mapping[str, Any]) -> Finding:
+    url = endpoint["url"]
+    if problems := problems_of(endpoint):
         return bad(
-            "webhook endpoint", f"there is none in {mode} mode: tallystick webhooks setup --url …/webhooks/stripe"
+            "webhook endpoint",
+            f"{url}: {'; '.join(problems)}: tallystick webhooks setup --url {url}; if you no longer use it, delete it"
+            " in Stripe's Dashboard",
         )
-    best = min(ours, key=lambda endpoint: len(problems_of(endpoint)))
-    if problems := problems_of(best):
-        return bad("webhook endpoint", f"{'; '.join(problems)}: tallystick webhooks setup --url {best['url']}")
-    return good("webhook endpoint", best["url"])
+    # Stripe shows a secret only when it makes the endpoint.
+    return good(
+        "webhook endpoint",
+        f"{url}; whether STRIPE_WEBHOOK_SECRET is its secret only a webhook can show: see"
+        " tallystick_webhook_refused_total",
+    )
 
 
 async def _examine_meters(resources: Resources, rules: Rules) -> Finding:

@@ -11,7 +11,8 @@ from sqlalchemy import text
 
 from tallystick import db, loops
 from tallystick.dev.embedded import EmbeddedPostgres
-from tallystick.doctor import Finding, examine
+from tallystick.doctor import examine
+from tallystick.findings import Finding
 from tallystick.loops import LAST_DONE, Loop, read_last_done, run_loops
 from tallystick.resources import Resources
 from tallystick.webhooks.endpoint_setup import set_up_endpoint
@@ -102,7 +103,7 @@ async def test_everything_that_is_good_is_said_to_be_good(healthy: Resources) ->
         "quarantine",
         "worker",
     ]
-    assert found["webhook endpoint"].text == URL
+    assert found["webhook endpoint"].text.startswith(f"{URL}; whether STRIPE_WEBHOOK_SECRET is its secret")
     assert found["Stripe"].text == "the key works, in test mode"
 
 
@@ -184,6 +185,17 @@ async def test_the_endpoint_must_have_the_handled_types(healthy: Resources, shop
 
     await services.delete_async(endpoint.id)
     assert "tallystick webhooks setup" in (await wrong())["webhook endpoint"]
+
+
+async def test_each_endpoint_is_good_or_wrong_by_itself(healthy: Resources, shop: Shop) -> None:
+    disabled = "https://other.example.com/webhooks/stripe"
+    made = await set_up_endpoint(healthy, disabled)
+    await shop.stripe.client.v1.webhook_endpoints.update_async(made.id, {"disabled": True})
+
+    lines = [finding for finding in await examine() if finding.part == "webhook endpoint"]
+
+    assert [(line.good, line.text.partition(" ")[0]) for line in lines] == [(False, f"{disabled}:"), (True, f"{URL};")]
+    assert f"it is disabled: tallystick webhooks setup --url {disabled}" in lines[0].text
 
 
 async def test_a_meter_is_needed_and_must_be_one_that_can_be_used(healthy: Resources, shop: Shop) -> None:
