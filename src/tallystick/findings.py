@@ -23,3 +23,8 @@ def good(part: str, text: str) -> Finding:
 def bad(part: str, text: str) -> Finding:
     """A part to be mended."""
     return Finding(part, good=False, text=text)
+
+
+def brief(error: Exception) -> str:
+    """The first line of what an error says."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"

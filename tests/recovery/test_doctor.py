@@ -15,12 +15,14 @@ from tallystick.doctor import examine
 from tallystick.findings import Finding
 from tallystick.loops import LAST_DONE, Loop, read_last_done, run_loops
 from tallystick.resources import Resources
+from tallystick.usage.ledger import record_events
 from tallystick.webhooks.endpoint_setup import set_up_endpoint
 from tallystick.webhooks.recovery import recover
 from tallystick.worker import LOOPS
 from tests.conftest import Servers
 from tests.notifications.receiving import SECRET
 from tests.recovery.shop import Shop
+from tests.usage.making import make_event
 from tests.waiting import wait_until
 
 URL = "https://billing.example.com/webhooks/stripe"
@@ -101,9 +103,11 @@ async def test_everything_that_is_good_is_said_to_be_good(healthy: Resources) ->
         "portal",
         "events",
         "quarantine",
+        "usage",
         "worker",
     ]
     assert found["webhook endpoint"].text.startswith(f"{URL}; whether STRIPE_WEBHOOK_SECRET is its secret")
+    assert "in use; `maxmemory` is not set; nothing is evicted" in found["Redis's memory"].text
     assert found["Stripe"].text == "the key works, in test mode"
 
 
@@ -310,3 +314,13 @@ async def test_events_in_quarantine_and_an_unfinished_sync_are_told(healthy: Res
 
     assert list(found) == ["quarantine", "sync"]
     assert found["quarantine"].startswith("1 event")
+
+
+async def test_usage_that_belongs_to_no_customer_is_told(healthy: Resources) -> None:
+    async with db.transaction(healthy.engine) as connection:
+        await record_events(connection, [make_event(customer_ref="acmee")], accepted_already=True)
+
+    found = await wrong()
+
+    assert list(found) == ["usage"]
+    assert found["usage"].startswith("1 reference has usage that belongs to no customer, such as 'acmee'")
