@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from tallystick.dev.settings_file import write_shell
 from tallystick.dev.stack import run_until_stopped
 from tests.waiting import wait_until
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "run"
 
 
-async def call(*arguments: str, folder: Path) -> tuple[int | None, str]:
-    """`scripts/run ARGUMENTS` in a folder, without settings of its own; how it ended, and what it said."""
+async def call(*arguments: str, folder: Path, **own: str) -> tuple[int | None, str]:
+    """`scripts/run ARGUMENTS` in a folder, with no settings but its `own`; how it ended, and what it said."""
     settings = ("TALLYSTICK_", "STRIPE_", "DATABASE_URL", "REDIS_URL")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(settings)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(settings)} | own
     # As where somebody has activated .venv, which must not be made anew for it.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     process = await asyncio.create_subprocess_exec(
@@ -56,4 +57,33 @@ async def test_commands_find_the_settings_of_the_stack_that_runs_beside_them(
     assert not settings.exists()
     code, said = await call("keys", "list", folder=tmp_path)
     assert code == 1
-    assert "DATABASE_URL is not set" in said
+    assert f"nothing runs here (no .tallystick/settings.sh in {tmp_path})" in said
+    code, said = await call("keys", "list", "--help", folder=tmp_path)
+    assert (code, "Usage: " in said) == (0, True)
+
+
+async def test_commands_know_the_settings_that_were_given_and_ask_for_what_is_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "DATABASE_URL": "postgresql://someone:hidden@127.0.0.1:1/none",
+        "STRIPE_API_KEY": "sk_test_hidden",
+        "TALLYSTICK_JWT_SECRET": "hidden" * 8,
+        "TALLYSTICK_RULES_FILE": "rules.toml",
+        "TALLYSTICK_PORT": "0",
+    }
+    text = write_shell({"REDIS_URL": "redis://127.0.0.1:1/0", "TALLYSTICK_PORT": "8081"}, given)
+    assert "hidden" not in text
+    assert f"TALLYSTICK_RULES_FILE={tmp_path}/rules.toml" in text
+    assert "TALLYSTICK_PORT=8081" in text
+    (tmp_path / ".tallystick").mkdir()
+    (tmp_path / ".tallystick" / "settings.sh").write_text(text)
+
+    code, said = await call("access", "recompute", folder=tmp_path, DATABASE_URL=given["DATABASE_URL"])
+    assert code == 1
+    assert said.endswith("set them here, too: STRIPE_API_KEY\n")
+    secrets = {"STRIPE_API_KEY": "sk_test_hidden", "STRIPE_WEBHOOK_SECRET": "whsec_for_tests"}
+    code, said = await call("access", "recompute", folder=tmp_path, DATABASE_URL=given["DATABASE_URL"], **secrets)
+    assert code == 1
+    assert f"{tmp_path}/rules.toml" in said

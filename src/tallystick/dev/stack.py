@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import secrets
-import shlex
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -27,6 +26,7 @@ from tallystick.auth import SCOPES, create_key, list_keys
 from tallystick.config import Settings, load_settings
 from tallystick.dev.catalogue import METER, create_catalogue
 from tallystick.dev.embedded import EmbeddedPostgres, EmbeddedValkey
+from tallystick.dev.settings_file import write_shell
 from tallystick.errors import TallystickError
 from tallystick.resources import open_resources
 from tallystick.stripe_gateway import API_VERSION
@@ -72,14 +72,9 @@ class Stack:
         return self.data / "settings.sh"
 
     def write_settings(self) -> None:
-        """Write what the stack's processes were told, for a shell to read: so `scripts/run doctor` finds them.
-
-        What came from the environment of this process stays there: it may be a real key of Stripe's.
-        """
-        own = {name: value for name, value in self.environment.items() if os.environ.get(name) != value}
+        """Write what the stack's processes were told, for a shell to read: so `scripts/run doctor` finds them."""
         self.settings_file.unlink(missing_ok=True)
-        lines = (f"export {name}={shlex.quote(value)}\n" for name, value in sorted(own.items()))
-        _keep_secret(self.settings_file, lambda: "".join(lines))
+        _keep_secret(self.settings_file, lambda: write_shell(self.environment, os.environ))
 
     def log_file(self, name: str) -> Path:
         return self.data / "logs" / f"{name}.log"
