@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from tallystick.dev.introduction import introduce
 from tallystick.dev.settings_file import write_shell
-from tallystick.dev.stack import run_until_stopped
+from tallystick.dev.stack import Stack, run_until_stopped
 from tests.waiting import wait_until
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "run"
@@ -87,3 +88,19 @@ async def test_commands_know_the_settings_that_were_given_and_ask_for_what_is_se
     code, said = await call("access", "recompute", folder=tmp_path, DATABASE_URL=given["DATABASE_URL"], **secrets)
     assert code == 1
     assert f"{tmp_path}/rules.toml" in said
+
+
+def test_what_is_used_of_your_own_is_said_without_passwords_or_commands_that_fail_there(tmp_path: Path) -> None:
+    environment = {
+        "DATABASE_URL": "postgresql://someone:hid@den/?@db.example.com/tally?password=hidden",
+        "REDIS_URL": "rediss://:hidden@redis.example.com:6380/0",
+        "STRIPE_API_KEY": "sk_test_hidden",
+        "STRIPE_WEBHOOK_SECRET": "whsec_hidden",
+        "TALLYSTICK_PORT": "8080",
+    }
+    said = introduce(Stack(tmp_path, environment, None, None), "tsk_0123456789ab_key")
+    assert "PostgreSQL yours, from DATABASE_URL: postgresql://db.example.com/tally\n" in said
+    assert "Redis      yours, from REDIS_URL: rediss://redis.example.com:6380/0\n" in said
+    assert "Stripe     yours, from STRIPE_API_KEY: https://api.stripe.com, in test mode\n" in said
+    assert "hid" not in said
+    assert "acme" not in said

@@ -6,7 +6,6 @@ commands that production runs, told where the parts are by the same environment 
 
 import asyncio
 import contextlib
-import json
 import os
 import secrets
 import socket
@@ -24,8 +23,9 @@ from rich.console import Console
 from tallystick import db
 from tallystick.auth import SCOPES, create_key, list_keys
 from tallystick.config import Settings, load_settings
-from tallystick.dev.catalogue import METER, create_catalogue
+from tallystick.dev.catalogue import create_catalogue
 from tallystick.dev.embedded import EmbeddedPostgres, EmbeddedValkey
+from tallystick.dev.introduction import introduce
 from tallystick.dev.settings_file import write_shell
 from tallystick.errors import TallystickError
 from tallystick.resources import open_resources
@@ -193,7 +193,7 @@ async def run_until_stopped(data: Path, stop: asyncio.Event, console: Console) -
             with console.status("filling the fake Stripe with a demo catalogue"):
                 await create_catalogue(stack.settings())
                 await settle(stack)
-        _introduce(stack, key, console)
+        console.print(introduce(stack, key), markup=False)
         ends = [asyncio.create_task(process.wait(), name=name) for name, process in stack.processes.items()]
         stopped = asyncio.create_task(stop.wait())
         done, _ = await asyncio.wait([*ends, stopped], return_when=asyncio.FIRST_COMPLETED)
@@ -204,31 +204,6 @@ async def run_until_stopped(data: Path, stop: asyncio.Event, console: Console) -
             raise StackError(f"{name} ended by itself; its log: {stack.log_file(name)}")
         console.print("stopping")
     console.print("stopped; the data is kept")
-
-
-def _introduce(stack: Stack, key: str, console: Console) -> None:
-    stripe = f"fake, at {stack.stripe_url}" if stack.fake else stack.stripe_url
-    usage = json.dumps({"id": secrets.token_hex(4), "customer": "acme", "meter": METER, "value": "2.5"})
-    authorization = f'-H "Authorization: Bearer {key}"'
-    console.print(
-        f"""
-tallystick is ready.
-
-  API        {stack.api_url}      its documentation: {stack.api_url}/docs
-  Stripe     {stripe}
-  PostgreSQL {stack.environment["DATABASE_URL"]}
-  Valkey     {stack.environment["REDIS_URL"]}
-  data, logs {stack.data}
-
-Send a usage event, ask what the customer may do, open its portal:
-
-curl {stack.api_url}/v1/usage {authorization} -d '{usage}'
-curl {stack.api_url}/v1/customers/acme/access {authorization}
-curl {stack.api_url}/v1/portal/sessions {authorization} -H "Content-Type: application/json" -d '{{"customer": "acme"}}'
-
-Ctrl-C stops everything.""",
-        markup=False,
-    )
 
 
 async def make_development_key(stack: Stack) -> str:
