@@ -35,6 +35,8 @@ async def call(*arguments: str, folder: Path, **own: str) -> tuple[int | None, s
     return process.returncode, said.decode()
 
 
+# It starts a stack, and scripts/run four times beside it.
+@pytest.mark.timeout(120)
 async def test_commands_find_the_settings_of_the_stack_that_runs_beside_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,8 +53,11 @@ async def test_commands_find_the_settings_of_the_stack_that_runs_beside_them(
 
     await wait_until(is_written)
     code, said = await call("keys", "list", "--json", folder=tmp_path)
+    second = await call("run", folder=tmp_path, TALLYSTICK_PORT="0", TALLYSTICK_FAKE_STRIPE_PORT="0")
+    is_left = settings.exists()
     stop.set()
     await running
+    assert (second[0], "is already running" in second[1], is_left) == (1, True, True)
     assert code == 0
     assert [key["name"] for key in json.loads(said)] == ["development"]
     assert not settings.exists()

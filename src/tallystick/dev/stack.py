@@ -71,10 +71,18 @@ class Stack:
     def settings_file(self) -> Path:
         return self.data / "settings.sh"
 
-    def write_settings(self) -> None:
-        """Write what the stack's processes were told, for a shell to read: so `scripts/run doctor` finds them."""
+    @contextlib.contextmanager
+    def written_settings(self) -> Iterator[None]:
+        """Write what the stack's processes were told, so that `scripts/run doctor` finds them; take it away at the end.
+
+        Not before all parts have started: until then the file may be another stack's in the same folder.
+        """
         self.settings_file.unlink(missing_ok=True)
         _keep_secret(self.settings_file, lambda: write_shell(self.environment, os.environ))
+        try:
+            yield
+        finally:
+            self.settings_file.unlink(missing_ok=True)
 
     def log_file(self, name: str) -> Path:
         return self.data / "logs" / f"{name}.log"
@@ -159,7 +167,6 @@ async def open_stack(
     }
     async with AsyncExitStack() as parts:
         stack = Stack(data, environment, None, None)
-        parts.callback(stack.settings_file.unlink, missing_ok=True)
         with console.status("starting PostgreSQL and Valkey"):
             await _start_stores(stack, parts, given, postgres_settings, valkey_settings)
         parts.push_async_callback(stack.stop_processes)
@@ -188,21 +195,21 @@ async def run_until_stopped(data: Path, stop: asyncio.Event, console: Console) -
     }
     async with open_stack(data, ports=ports, console=console) as stack:
         key = await make_development_key(stack)
-        stack.write_settings()
-        if stack.fake:
-            with console.status("filling the fake Stripe with a demo catalogue"):
-                await create_catalogue(stack.settings())
-                await settle(stack)
-        console.print(introduce(stack, key), markup=False)
-        ends = [asyncio.create_task(process.wait(), name=name) for name, process in stack.processes.items()]
-        stopped = asyncio.create_task(stop.wait())
-        done, _ = await asyncio.wait([*ends, stopped], return_when=asyncio.FIRST_COMPLETED)
-        for end in [*ends, stopped]:
-            end.cancel()
-        if stopped not in done:
-            name = next(iter(done)).get_name()
-            raise StackError(f"{name} ended by itself; its log: {stack.log_file(name)}")
-        console.print("stopping")
+        with stack.written_settings():
+            if stack.fake:
+                with console.status("filling the fake Stripe with a demo catalogue"):
+                    await create_catalogue(stack.settings())
+                    await settle(stack)
+            console.print(introduce(stack, key), markup=False)
+            ends = [asyncio.create_task(process.wait(), name=name) for name, process in stack.processes.items()]
+            stopped = asyncio.create_task(stop.wait())
+            done, _ = await asyncio.wait([*ends, stopped], return_when=asyncio.FIRST_COMPLETED)
+            for end in [*ends, stopped]:
+                end.cancel()
+            if stopped not in done:
+                name = next(iter(done)).get_name()
+                raise StackError(f"{name} ended by itself; its log: {stack.log_file(name)}")
+            console.print("stopping")
     console.print("stopped; the data is kept")
 
 
