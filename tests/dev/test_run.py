@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from tallystick import cli
 from tallystick.dev.introduction import introduce
 from tallystick.dev.settings_file import write_shell
 from tallystick.dev.stack import Stack, run_until_stopped
@@ -109,3 +111,41 @@ def test_what_is_used_of_your_own_is_said_without_passwords_or_commands_that_fai
     assert "Stripe     yours, from STRIPE_API_KEY: https://api.stripe.com, in test mode\n" in said
     assert "hid" not in said
     assert "acme" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "own", "error"),
+    [
+        (["run", "--data", "a_file"], {}, "a_file cannot be the data folder: Not a directory"),
+        (["run"], {"TALLYSTICK_PORT": "abc"}, "TALLYSTICK_PORT is no port from 0 to 65535: abc"),
+        (["run"], {"TALLYSTICK_PORT": "99999"}, "TALLYSTICK_PORT is no port from 0 to 65535: 99999"),
+        (["run"], {"TALLYSTICK_FAKE_STRIPE_PORT": "x"}, "TALLYSTICK_FAKE_STRIPE_PORT is no port from 0 to 65535: x"),
+        (
+            ["fake-stripe", "--state", "a_file"],
+            {},
+            "a_file cannot hold the fake Stripe's state: file is not a database",
+        ),
+    ],
+)
+def test_what_cannot_be_started_ends_in_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    own: dict[str, str],
+    error: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").write_text("no database, and no folder\n")
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["tallystick", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    said = capsys.readouterr().err.splitlines()
+    assert (len(said), said[0].startswith("error: "), said[0].endswith(error)) == (1, True, True)
+
+
+def test_a_port_that_is_none_is_refused_by_the_fake_stripe() -> None:
+    assert CliRunner().invoke(cli.app, ["fake-stripe", "--port", "99999"]).exit_code == 2

@@ -34,6 +34,7 @@ from tallystick.usage.partitions import keep_partitions
 from tallystick.webhooks.translate import HANDLED_TYPES
 
 HOST = "127.0.0.1"
+API_PORT = 8080
 FAKE_STRIPE_PORT = 12111
 START_TIMEOUT_SECONDS = 30
 # Above the API's own grace period, so that a slow request decides and not we.
@@ -159,7 +160,10 @@ async def open_stack(
     `valkey_settings` are those servers' own, for the embedded ones.
     """
     given = {} if embedded_only else dict(os.environ)
-    (data / "logs").mkdir(parents=True, exist_ok=True)
+    try:
+        (data / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StackError(f"{data} cannot be the data folder: {error.strerror}") from None
     environment = {
         "TALLYSTICK_HOST": HOST,
         "TALLYSTICK_PORT": str(claim_port(ports["api"], "TALLYSTICK_PORT")),
@@ -190,8 +194,8 @@ async def open_stack(
 async def run_until_stopped(data: Path, stop: asyncio.Event, console: Console) -> None:
     """`tallystick run`: a stack, three commands to try on it, and its end when `stop` is set or a part dies."""
     ports = {
-        "api": int(os.environ.get("TALLYSTICK_PORT", "8080")),
-        "fake-stripe": int(os.environ.get("TALLYSTICK_FAKE_STRIPE_PORT", str(FAKE_STRIPE_PORT))),
+        "api": _read_port("TALLYSTICK_PORT", API_PORT),
+        "fake-stripe": _read_port("TALLYSTICK_FAKE_STRIPE_PORT", FAKE_STRIPE_PORT),
     }
     async with open_stack(data, ports=ports, console=console) as stack:
         key = await make_development_key(stack)
@@ -291,6 +295,14 @@ def _keep_secret(file: Path, make: Callable[[], str]) -> str:
         with os.fdopen(descriptor, "w") as opened:
             opened.write(make())
     return file.read_text().strip()
+
+
+def _read_port(name: str, default: int) -> int:
+    """The port that a variable of the environment names."""
+    value = os.environ.get(name) or str(default)
+    if not (value.isascii() and value.isdigit() and int(value) <= 65535):
+        raise StackError(f"{name} is no port from 0 to 65535: {value}")
+    return int(value)
 
 
 def claim_port(port: int, name: str) -> int:
