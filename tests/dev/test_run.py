@@ -55,10 +55,13 @@ async def test_commands_find_the_settings_of_the_stack_that_runs_beside_them(
 
     await wait_until(is_written)
     code, said = await call("keys", "list", "--json", folder=tmp_path)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in settings.parent.glob("fake-stripe.db*")}
     second = await call("run", folder=tmp_path, TALLYSTICK_PORT="0", TALLYSTICK_FAKE_STRIPE_PORT="0")
     is_left = settings.exists()
     stop.set()
     await running
+    assert modes
+    assert set(modes.values()) == {0o600}
     assert (second[0], "is already running" in second[1], is_left) == (1, True, True)
     assert code == 0
     assert [key["name"] for key in json.loads(said)] == ["development"]

@@ -273,6 +273,8 @@ async def _start_fake_stripe(stack: Stack, parts: AsyncExitStack, port: int) -> 
         "STRIPE_API_BASE": f"http://{HOST}:{port}",
     }
     state = stack.data / "fake-stripe.db"
+    state.touch()
+    state.chmod(0o600)  # like the rest of the folder: it has the secrets of webhook endpoints
     await stack.start_process("fake-stripe", "fake-stripe", "--port", str(port), "--state", str(state))
     await stack.wait_for("fake-stripe", f"{stack.stripe_url}/_fake/clock")
     async with httpx.AsyncClient(base_url=stack.stripe_url, timeout=10) as control:
