@@ -54,9 +54,17 @@ def test_a_key_is_rolled_and_the_list_says_until_when_the_old_secret_works() -> 
 
 def test_ids_and_scopes_stay_whole_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     key = run("keys", "create", "a rather long name", "--scope", "customers:write", "--scope", "portal:create").stdout
-    monkeypatch.setattr(terminal.out, "_width", 60)
-    words = run("keys", "list").stdout.split()
-    assert {key.split("_")[1], "customers:write", "portal:create"} <= set(words)
+    for name, value in (("_force_terminal", True), ("_width", 60), ("_height", 25)):
+        monkeypatch.setattr(terminal.out, name, value)
+    shown = run("keys", "list").stdout
+    assert {key.split("_")[1], "customers:write", "portal:create"} <= set(shown.split())
+    assert "a rather long name" not in shown  # folded, to find room
+
+
+def test_rows_are_whole_where_no_terminal_shows_them() -> None:
+    name = "a name that is longer than a terminal is wide, and that somebody looks for by `grep` " * 2
+    run("keys", "create", name, "--scope", "usage:read", "--source", "elsewhere")
+    assert name in run("keys", "list").stdout
 
 
 def test_a_key_that_leaked_is_rolled_without_an_overlap() -> None:

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from tallystick.terminal import Json, err, fail, out, with_resources
+from tallystick.terminal import Json, err, fail, out, print_table, with_resources
 
 if TYPE_CHECKING:
     from tallystick.resources import Resources
 
 # A month: longer than any deployment of a new secret should take, and no second secret for good.
 MAX_OVERLAP_HOURS = 720
-ID_LENGTH = 12
 KEEP_IT = "Keep it now: it is stored only as a hash and cannot be shown again."
 
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="The middle part of tsk_<id>_<secret>.")]
@@ -78,22 +77,17 @@ def list_(json_: Json = False) -> None:
         out.print_json(json.dumps(found, default=str))
         return
     table = Table("id", "name", "source", "scopes", "limit", "last used", "state", box=None, pad_edge=False)
-    for column in table.columns:
-        column.overflow = "fold"  # what is cut off cannot be read
-    table.columns[0].no_wrap, table.columns[0].min_width = True, ID_LENGTH  # it is there to be copied
-    longest = max((len(scope) for key in found for scope in key["scopes"]), default=0)
-    table.columns[3].no_wrap, table.columns[3].min_width = True, longest
     for key in found:
         table.add_row(
             key["id"],
             key["name"],
             key["source"],
-            "\n".join(key["scopes"]),
+            " ".join(key["scopes"]),
             f"{key['limit_per_second']}/s" if key["limit_per_second"] else "none",
             _minute(key["last_used_at"]) if key["last_used_at"] else "never",
             _state(key),
         )
-    out.print(table)
+    print_table(table)
 
 
 @app.command("roll")

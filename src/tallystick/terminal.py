@@ -10,13 +10,19 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from tallystick.resources import Resources
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+# Wider than any row.
+WHOLE = 10_000
 
 T = TypeVar("T")
 
@@ -28,6 +34,22 @@ def fail(message: str) -> NoReturn:
     err.print("[bold red]error:[/] ", end="", markup=True)
     err.print(message, markup=False)
     sys.exit(1)
+
+
+def print_table(table: Table) -> None:
+    """Print a table with nothing left out.
+
+    At a terminal long cells are folded between their words, and a word stays whole, such as an id, which is there to
+    be copied. Elsewhere a program may look for something, so that each row is whole.
+    """
+    for column in table.columns:
+        words = " ".join([str(column.header), *map(str, column.cells)]).split()
+        column.min_width = max(map(cell_len, words), default=0)
+        column.overflow = "fold"
+    if out.is_terminal:
+        out.print(table)
+    else:
+        Console(file=out.file, width=WHOLE, highlight=False, soft_wrap=True).print(table)
 
 
 def run_async(work: Coroutine[Any, Any, T]) -> T:

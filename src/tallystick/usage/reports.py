@@ -10,11 +10,10 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tallystick.terminal import Json, err, fail, out, with_resources
+from tallystick.terminal import Json, err, fail, out, print_table, with_resources
 
 if TYPE_CHECKING:
     from tallystick.resources import Resources
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 SHOWN_STATES = ("accepted", "open", "pending", "sending", "sent", "confirmed", "parked", "voided", "difference")
-WIDEST = 400
 ALWAYS_SHOWN = ("accepted", "confirmed", "difference")
 
 
@@ -163,7 +161,7 @@ def periods(json_: Json = False) -> None:
                 ", ".join(unsent) or "nothing",
                 "confirmed" if usage.confirmed else f"not confirmed; checked {checked}",
             )
-    _print_whole(table)
+    print_table(table)
 
 
 async def _ask_stripe(resources: "Resources", wanted: Mapping[str, Any]) -> tuple[int, list[str]]:
@@ -207,7 +205,7 @@ def _print(report: Report) -> None:
         column.justify = "right"
     for customer, meter, kind, numbers, drifting in rows:
         table.add_row(customer, meter, kind, *(str(numbers[name]) for name in shown), str(drifting))
-    _print_whole(table)
+    print_table(table)
     for drift in report.drifts:
         out.print(
             f"drift: {drift['customer']} {drift['meter']} {drift['hour']:%Y-%m-%d %H:00} UTC: sent {drift['ours']},"
@@ -222,11 +220,6 @@ def _print(report: Report) -> None:
         out.print("Something differs: see above.")
     else:
         out.print("Everything is accounted for." if report.good else "Not everything could be compared: see above.")
-
-
-def _print_whole(table: Table) -> None:
-    # Wider than the terminal rather than with digits left out.
-    Console(file=out.file, width=max(out.width, WIDEST), highlight=False, soft_wrap=True).print(table)
 
 
 def _read_time(given: str | None, option: str) -> datetime | None:
