@@ -73,6 +73,16 @@ def test_a_key_that_leaked_is_rolled_without_an_overlap() -> None:
     assert listed(key)["old_valid_until"] is None
 
 
+def test_a_key_that_leaked_is_revoked_as_it_was_found_and_never_shown() -> None:
+    key = run("keys", "create", "leaked", "--scope", "usage:read").stdout.strip()
+    secret = key.split("_", 2)[2]
+    for given in (key, f"x{secret}", f"sk_{key}"):
+        said = run("keys", "revoke", given)
+        assert said.exit_code == (0 if given == key else 1)
+        assert secret not in said.stdout + said.stderr
+    assert listed(key)["state"] == "revoked"
+
+
 def test_only_a_valid_key_is_rolled() -> None:
     refused = run("keys", "roll", "000000000000")
     assert refused.exit_code == 1

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MAX_OVERLAP_HOURS = 720
 KEEP_IT = "Keep it now: it is stored only as a hash and cannot be shown again."
 
-KeyId = Annotated[str, typer.Argument(metavar="ID", help="The middle part of tsk_<id>_<secret>.")]
+KeyId = Annotated[str, typer.Argument(metavar="ID", help="The middle part of tsk_<id>_<secret>, or the whole key.")]
 
 app = typer.Typer(help="API keys of the services and frontends that call this one.", no_args_is_help=True)
 
@@ -109,6 +109,7 @@ def roll(
         async with db.transaction(resources.engine) as connection:
             return await roll_key(connection, key_id, timedelta(hours=overlap_hours), datetime.now(UTC))
 
+    key_id = _read_id(key_id)
     text = with_resources(work)
     if text is None:
         fail(f"there is no valid key {key_id}")
@@ -127,9 +128,23 @@ def revoke(key_id: KeyId) -> None:
         async with db.transaction(resources.engine) as connection:
             return await revoke_key(connection, key_id)
 
+    key_id = _read_id(key_id)
     if not with_resources(work):
         fail(f"there is no valid key {key_id}")
     out.print(f"Revoked {key_id}.")
+
+
+def _read_id(given: str) -> str:
+    """The id of a key that was given by its id or as a whole, as one has it when it leaked.
+
+    What is neither is not repeated in the error: it may have a secret in it.
+    """
+    from tallystick.auth import KEY_ID, KEY_PREFIX
+
+    key_id = given.removeprefix(KEY_PREFIX).partition("_")[0]
+    if not KEY_ID.fullmatch(key_id):
+        fail("that is no key's id: it is the middle part of tsk_<id>_<secret>")
+    return key_id
 
 
 def _state(key: dict[str, Any]) -> str:
