@@ -83,6 +83,12 @@ def test_a_key_that_leaked_is_revoked_as_it_was_found_and_never_shown() -> None:
     assert listed(key)["state"] == "revoked"
 
 
+def test_scopes_that_are_given_as_one_are_told_apart() -> None:
+    refused = run("keys", "create", "x", "--scope", "usage:write,usage:read")
+    assert refused.exit_code == 1
+    assert "--scope usage:write --scope usage:read" in refused.stderr
+
+
 def test_only_a_valid_key_is_rolled() -> None:
     refused = run("keys", "roll", "000000000000")
     assert refused.exit_code == 1

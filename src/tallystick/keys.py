@@ -38,6 +38,9 @@ def create(
 
     Scopes: usage:write usage:read access:read portal:create customers:write admin.
     """
+    if any("," in given for given in scope):
+        names = (name.strip() for given in scope for name in given.split(","))
+        fail(f"give each scope by itself: {' '.join(f'--scope {name}' for name in names if name)}")
 
     async def work(resources: "Resources") -> str:
         from tallystick import db
