@@ -54,15 +54,39 @@ def test_a_key_is_rolled_and_the_list_says_until_when_the_old_secret_works() -> 
 
 def test_ids_and_scopes_stay_whole_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     key = run("keys", "create", "a rather long name", "--scope", "customers:write", "--scope", "portal:create").stdout
-    monkeypatch.setattr(terminal.out, "_width", 60)
-    words = run("keys", "list").stdout.split()
-    assert {key.split("_")[1], "customers:write", "portal:create"} <= set(words)
+    for name, value in (("_force_terminal", True), ("_width", 60), ("_height", 25)):
+        monkeypatch.setattr(terminal.out, name, value)
+    shown = run("keys", "list").stdout
+    assert {key.split("_")[1], "customers:write", "portal:create"} <= set(shown.split())
+    assert "a rather long name" not in shown  # folded, to find room
+
+
+def test_rows_are_whole_where_no_terminal_shows_them() -> None:
+    name = "a name that is longer than a terminal is wide, and that somebody looks for by `grep` " * 2
+    run("keys", "create", name, "--scope", "usage:read", "--source", "elsewhere")
+    assert name in run("keys", "list").stdout
 
 
 def test_a_key_that_leaked_is_rolled_without_an_overlap() -> None:
     key = run("keys", "create", "leaked", "--scope", "usage:read").stdout.strip()
     run("keys", "roll", key.split("_")[1], "--overlap-hours", "0")
     assert listed(key)["old_valid_until"] is None
+
+
+def test_a_key_that_leaked_is_revoked_as_it_was_found_and_never_shown() -> None:
+    key = run("keys", "create", "leaked", "--scope", "usage:read").stdout.strip()
+    secret = key.split("_", 2)[2]
+    for given in (key, f"x{secret}", f"sk_{key}"):
+        said = run("keys", "revoke", given)
+        assert said.exit_code == (0 if given == key else 1)
+        assert secret not in said.stdout + said.stderr
+    assert listed(key)["state"] == "revoked"
+
+
+def test_scopes_that_are_given_as_one_are_told_apart() -> None:
+    refused = run("keys", "create", "x", "--scope", "usage:write,usage:read")
+    assert refused.exit_code == 1
+    assert "--scope usage:write --scope usage:read" in refused.stderr
 
 
 def test_only_a_valid_key_is_rolled() -> None:

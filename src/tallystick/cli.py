@@ -115,7 +115,7 @@ def demo(
 @app.command("fake-stripe")
 def fake_stripe(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port to listen on.")] = 12111,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on.")] = 12111,
     state: Annotated[Path | None, typer.Option(help="Keep its state in this file; without it, in memory.")] = None,
     seed: Annotated[int, typer.Option(help="For its ids and its misbehaviour.")] = 0,
 ) -> None:

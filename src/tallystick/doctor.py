@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -13,6 +12,7 @@ from sqlalchemy import text
 from tallystick import db
 from tallystick.config import HOW_TO_RECEIVE_WEBHOOKS, Settings, load_settings
 from tallystick.errors import SettingsError
+from tallystick.findings import Finding, bad, brief, good
 from tallystick.loops import read_last_done
 from tallystick.mirror.marks import NEVER
 from tallystick.notifications.addresses import AddressRefused, resolve
@@ -22,6 +22,7 @@ from tallystick.rules import NotificationEndpoint, Rules, load_rules
 from tallystick.stripe_gateway import STRIPE_ERRORS
 from tallystick.usage.buffer import measure_ids
 from tallystick.usage.meters import Meter, list_unfit
+from tallystick.usage.query import count_unlinked
 from tallystick.webhooks.endpoint_setup import is_ours, list_endpoints, problems_of
 from tallystick.webhooks.reading import Reader
 from tallystick.webhooks.recovery import read_recovery
@@ -41,28 +42,6 @@ CONNECT_SECONDS = 3
 RECOVERED_WITHIN = timedelta(minutes=20)
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What was found about one part. `text` says what it is when it is good, and how to mend it when it is not."""
-
-    part: str
-    good: bool
-    text: str
-
-    def as_json(self) -> dict[str, object]:
-        return {"part": self.part, "ok": self.good, "text": self.text}
-
-
-def good(part: str, text: str) -> Finding:
-    """A part that is as it should be."""
-    return Finding(part, good=True, text=text)
-
-
-def bad(part: str, text: str) -> Finding:
-    """A part to be mended."""
-    return Finding(part, good=False, text=text)
-
-
 async def examine(clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> list[Finding]:
     """Examine everything, in the order in which one would mend it. A part that cannot be asked is a finding too."""
     try:
@@ -80,6 +59,7 @@ async def examine(clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> 
         findings += [finding async for finding in _examine_stripe(resources, clock, rules)]
         if all(finding.good for finding in postgres[:2]):
             findings += [finding async for finding in _examine_events(resources, clock())]
+            findings.append(await _examine_usage(resources))
         findings += [finding async for finding in _examine_worker(resources, clock())]
     findings += await asyncio.gather(*(_examine_receiver(endpoint) for endpoint in rules.notifications))
     return findings
@@ -128,7 +108,7 @@ async def _examine_postgres(resources: Resources, clock: Callable[[], datetime])
             theirs = await connection.scalar(text("SELECT clock_timestamp()"))
             answered = clock()
     except db.STORAGE_ERRORS as error:
-        yield bad("PostgreSQL", f"{_brief(error)}; is DATABASE_URL right, and the server up?")
+        yield bad("PostgreSQL", f"{brief(error)}; is DATABASE_URL right, and the server up?")
         return
     if version < OLDEST_POSTGRES:
         yield bad("PostgreSQL", f"version {version} is too old; {OLDEST_POSTGRES} or later is needed")
@@ -159,9 +139,7 @@ async def _examine_redis(resources: Resources, clock: Callable[[], datetime]) ->
         seconds, microseconds = await resources.redis.time()
         answered = clock()
     except REDIS_ERRORS as error:
-        yield bad(
-            "Redis", f"{_brief(error)}; is REDIS_URL right, and the server up? Usage goes to PostgreSQL meanwhile"
-        )
+        yield bad("Redis", f"{brief(error)}; is REDIS_URL right, and the server up? Usage goes to PostgreSQL meanwhile")
         return
     name, version = ("Valkey", info["valkey_version"]) if "valkey_version" in info else ("Redis", info["redis_version"])
     if tuple(int(part) for part in str(version).split(".")[:2]) < OLDEST_REDIS:
@@ -192,8 +170,8 @@ def _examine_memory(info: Mapping[str, Any], buffer_bytes: int) -> Finding:
         )
     if most and used > FULLEST_REDIS * most:
         return bad("Redis's memory", f"{_mib(used)} of {_mib(most)} are in use: raise `maxmemory`")
-    limit = f" of {_mib(most)}" if most else ", without a `maxmemory`"
-    return good("Redis's memory", f"nothing is evicted; {_mib(used)}{limit} in use")
+    in_use = f"{_mib(used)} of {_mib(most)} are in use" if most else f"{_mib(used)} are in use; `maxmemory` is not set"
+    return good("Redis's memory", f"{in_use}; nothing is evicted")
 
 
 def _mib(size: int) -> str:
@@ -205,7 +183,7 @@ async def _examine_ids(resources: Resources) -> Finding:
     try:
         size, number = await measure_ids(resources.redis)
     except REDIS_ERRORS as error:
-        return bad("usage ids", f"their memory cannot be measured ({_brief(error)}); are SCAN and MEMORY allowed?")
+        return bad("usage ids", f"their memory cannot be measured ({brief(error)}); are SCAN and MEMORY allowed?")
     cost = f"about {round(size / number)} bytes each, measured" if number else "no ids yet"
     return good("usage ids", f"{cost}; remembered for at least {resources.settings.usage_dedupe_hours} h")
 
@@ -230,24 +208,27 @@ async def _examine_stripe(resources: Resources, clock: Callable[[], datetime], r
         answer = await resources.stripe.raw_request_async("get", "/v1/events", limit=1)
     except STRIPE_ERRORS as error:
         if error.http_status in (401, 403):
-            yield bad("Stripe", f"STRIPE_API_KEY is refused ({_brief(error)}); a restricted key must read events")
+            yield bad("Stripe", f"STRIPE_API_KEY is refused ({brief(error)}); a restricted key must read events")
         else:
-            yield bad("Stripe", f"{_brief(error)}; can {resources.settings.stripe_api_base} be reached from here?")
+            yield bad("Stripe", f"{brief(error)}; can {resources.settings.stripe_api_base} be reached from here?")
         return
     yield good("Stripe", f"the key works, in {mode} mode")
     yield _examine_stripes_clock(answer.headers.get("date"), asked, clock())
     try:
-        yield _examine_endpoints(await list_endpoints(Reader(resources)), mode)
+        endpoints = await list_endpoints(Reader(resources))
     except STRIPE_ERRORS as error:
-        yield bad("webhook endpoint", f"it cannot be looked at ({_brief(error)}); may the key read webhook endpoints?")
+        yield bad("webhook endpoint", f"it cannot be looked at ({brief(error)}); may the key read webhook endpoints?")
+    else:
+        for finding in _examine_endpoints(endpoints, mode):
+            yield finding
     try:
         yield await _examine_meters(resources, rules)
     except STRIPE_ERRORS as error:
-        yield bad("meters", f"they cannot be listed ({_brief(error)}); may the key read billing meters?")
+        yield bad("meters", f"they cannot be listed ({brief(error)}); may the key read billing meters?")
     try:
         yield await _examine_portal(resources, mode)
     except STRIPE_ERRORS as error:
-        yield bad("portal", f"it cannot be looked at ({_brief(error)}); may the key read portal configurations?")
+        yield bad("portal", f"it cannot be looked at ({brief(error)}); may the key read portal configurations?")
 
 
 def _examine_stripes_clock(date: str | None, asked: datetime, answered: datetime) -> Finding:
@@ -257,16 +238,30 @@ def _examine_stripes_clock(date: str | None, asked: datetime, answered: datetime
     return _examine_clock("Stripe", parsedate_to_datetime(date), asked - timedelta(seconds=1), answered)
 
 
-def _examine_endpoints(endpoints: list[dict[str, Any]], mode: str) -> Finding:
+def _examine_endpoints(endpoints: list[dict[str, Any]], mode: str) -> list[Finding]:
+    """One finding for each endpoint of ours: nobody can tell which of them is the one in use."""
     ours = [endpoint for endpoint in endpoints if is_ours(endpoint)]
     if not ours:
+        return [
+            bad("webhook endpoint", f"there is none in {mode} mode: tallystick webhooks setup --url …/webhooks/stripe")
+        ]
+    return [_examine_endpoint(endpoint) for endpoint in ours]
+
+
+def _examine_endpoint(endpoint: Mapping[str, Any]) -> Finding:
+    url = endpoint["url"]
+    if problems := problems_of(endpoint):
         return bad(
-            "webhook endpoint", f"there is none in {mode} mode: tallystick webhooks setup --url …/webhooks/stripe"
+            "webhook endpoint",
+            f"{url}: {'; '.join(problems)}: tallystick webhooks setup --url {url}; if you no longer use it, delete it"
+            " in Stripe's Dashboard",
         )
-    best = min(ours, key=lambda endpoint: len(problems_of(endpoint)))
-    if problems := problems_of(best):
-        return bad("webhook endpoint", f"{'; '.join(problems)}: tallystick webhooks setup --url {best['url']}")
-    return good("webhook endpoint", best["url"])
+    # Stripe shows a secret only when it makes the endpoint.
+    return good(
+        "webhook endpoint",
+        f"{url}; whether STRIPE_WEBHOOK_SECRET is its secret only a webhook can show: see"
+        " tallystick_webhook_refused_total",
+    )
 
 
 async def _examine_meters(resources: Resources, rules: Rules) -> Finding:
@@ -350,6 +345,18 @@ async def _examine_events(resources: Resources, now: datetime) -> AsyncIterator[
         yield bad("meter event stream", f"Stripe gives no session ({no_session}): {live}use the sender meter_events")
 
 
+async def _examine_usage(resources: Resources) -> Finding:
+    async with db.transaction(resources.engine) as connection:
+        number, first = await count_unlinked(connection)
+    if not number:
+        return good("usage", "all of it belongs to customers")
+    return bad(
+        "usage",
+        f"{number} {'reference has' if number == 1 else 'references have'} usage that belongs to no customer, such as"
+        f" {first!a}: link each by PUT /v1/customers/{{ref}}; docs/operations.md, TallystickUsageUnlinked, lists them",
+    )
+
+
 # What runs beside it
 
 
@@ -393,7 +400,3 @@ async def _examine_receiver(endpoint: NotificationEndpoint) -> Finding:
 
 def _minute(at: datetime) -> str:
     return f"{at:%Y-%m-%d %H:%M} UTC"
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"

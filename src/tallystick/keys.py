@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from tallystick.terminal import Json, err, fail, out, with_resources
+from tallystick.terminal import Json, err, fail, out, print_table, with_resources
 
 if TYPE_CHECKING:
     from tallystick.resources import Resources
 
 # A month: longer than any deployment of a new secret should take, and no second secret for good.
 MAX_OVERLAP_HOURS = 720
-ID_LENGTH = 12
 KEEP_IT = "Keep it now: it is stored only as a hash and cannot be shown again."
 
-KeyId = Annotated[str, typer.Argument(metavar="ID", help="The middle part of tsk_<id>_<secret>.")]
+KeyId = Annotated[str, typer.Argument(metavar="ID", help="The middle part of tsk_<id>_<secret>, or the whole key.")]
 
 app = typer.Typer(help="API keys of the services and frontends that call this one.", no_args_is_help=True)
 
@@ -39,6 +38,9 @@ def create(
 
     Scopes: usage:write usage:read access:read portal:create customers:write admin.
     """
+    if any("," in given for given in scope):
+        names = (name.strip() for given in scope for name in given.split(","))
+        fail(f"give each scope by itself: {' '.join(f'--scope {name}' for name in names if name)}")
 
     async def work(resources: "Resources") -> str:
         from tallystick import db
@@ -78,22 +80,17 @@ def list_(json_: Json = False) -> None:
         out.print_json(json.dumps(found, default=str))
         return
     table = Table("id", "name", "source", "scopes", "limit", "last used", "state", box=None, pad_edge=False)
-    for column in table.columns:
-        column.overflow = "fold"  # what is cut off cannot be read
-    table.columns[0].no_wrap, table.columns[0].min_width = True, ID_LENGTH  # it is there to be copied
-    longest = max((len(scope) for key in found for scope in key["scopes"]), default=0)
-    table.columns[3].no_wrap, table.columns[3].min_width = True, longest
     for key in found:
         table.add_row(
             key["id"],
             key["name"],
             key["source"],
-            "\n".join(key["scopes"]),
+            " ".join(key["scopes"]),
             f"{key['limit_per_second']}/s" if key["limit_per_second"] else "none",
             _minute(key["last_used_at"]) if key["last_used_at"] else "never",
             _state(key),
         )
-    out.print(table)
+    print_table(table)
 
 
 @app.command("roll")
@@ -115,6 +112,7 @@ def roll(
         async with db.transaction(resources.engine) as connection:
             return await roll_key(connection, key_id, timedelta(hours=overlap_hours), datetime.now(UTC))
 
+    key_id = _read_id(key_id)
     text = with_resources(work)
     if text is None:
         fail(f"there is no valid key {key_id}")
@@ -133,9 +131,23 @@ def revoke(key_id: KeyId) -> None:
         async with db.transaction(resources.engine) as connection:
             return await revoke_key(connection, key_id)
 
+    key_id = _read_id(key_id)
     if not with_resources(work):
         fail(f"there is no valid key {key_id}")
     out.print(f"Revoked {key_id}.")
+
+
+def _read_id(given: str) -> str:
+    """The id of a key that was given by its id or as a whole, as one has it when it leaked.
+
+    What is neither is not repeated in the error: it may have a secret in it.
+    """
+    from tallystick.auth import KEY_ID, KEY_PREFIX
+
+    key_id = given.removeprefix(KEY_PREFIX).partition("_")[0]
+    if not KEY_ID.fullmatch(key_id):
+        fail("that is no key's id: it is the middle part of tsk_<id>_<secret>")
+    return key_id
 
 
 def _state(key: dict[str, Any]) -> str:

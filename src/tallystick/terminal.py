@@ -13,15 +13,21 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 
 from tallystick.errors import SettingsError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from tallystick.resources import Resources
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+# Wider than any row.
+WHOLE = 10_000
 
 T = TypeVar("T")
 
@@ -57,6 +63,22 @@ def claim_port(port: int, name: str, host: str) -> int:
         if error.errno != errno.EAFNOSUPPORT:  # no IPv6 here, which servers pass over
             raise SettingsError(f"port {port} ({name}) of {host} cannot be used: {error.strerror}") from None
     return port
+
+
+def print_table(table: Table) -> None:
+    """Print a table with nothing left out.
+
+    At a terminal long cells are folded between their words, and a word stays whole, such as an id, which is there to
+    be copied. Elsewhere a program may look for something, so that each row is whole.
+    """
+    for column in table.columns:
+        words = " ".join([str(column.header), *map(str, column.cells)]).split()
+        column.min_width = max(map(cell_len, words), default=0)
+        column.overflow = "fold"
+    if out.is_terminal:
+        out.print(table)
+    else:
+        Console(file=out.file, width=WHOLE, highlight=False, soft_wrap=True).print(table)
 
 
 def run_async(work: Coroutine[Any, Any, T]) -> T:

@@ -11,15 +11,18 @@ from sqlalchemy import text
 
 from tallystick import db, loops
 from tallystick.dev.embedded import EmbeddedPostgres
-from tallystick.doctor import Finding, examine
+from tallystick.doctor import examine
+from tallystick.findings import Finding
 from tallystick.loops import LAST_DONE, Loop, read_last_done, run_loops
 from tallystick.resources import Resources
+from tallystick.usage.ledger import record_events
 from tallystick.webhooks.endpoint_setup import set_up_endpoint
 from tallystick.webhooks.recovery import recover
 from tallystick.worker import LOOPS
 from tests.conftest import Servers
 from tests.notifications.receiving import SECRET
 from tests.recovery.shop import Shop
+from tests.usage.making import make_event
 from tests.waiting import wait_until
 
 URL = "https://billing.example.com/webhooks/stripe"
@@ -100,9 +103,11 @@ async def test_everything_that_is_good_is_said_to_be_good(healthy: Resources) ->
         "portal",
         "events",
         "quarantine",
+        "usage",
         "worker",
     ]
-    assert found["webhook endpoint"].text == URL
+    assert found["webhook endpoint"].text.startswith(f"{URL}; whether STRIPE_WEBHOOK_SECRET is its secret")
+    assert "in use; `maxmemory` is not set; nothing is evicted" in found["Redis's memory"].text
     assert found["Stripe"].text == "the key works, in test mode"
 
 
@@ -193,6 +198,17 @@ async def test_the_endpoint_must_have_the_handled_types(healthy: Resources, shop
 
     await services.delete_async(endpoint.id)
     assert "tallystick webhooks setup" in (await wrong())["webhook endpoint"]
+
+
+async def test_each_endpoint_is_good_or_wrong_by_itself(healthy: Resources, shop: Shop) -> None:
+    disabled = "https://other.example.com/webhooks/stripe"
+    made = await set_up_endpoint(healthy, disabled)
+    await shop.stripe.client.v1.webhook_endpoints.update_async(made.id, {"disabled": True})
+
+    lines = [finding for finding in await examine() if finding.part == "webhook endpoint"]
+
+    assert [(line.good, line.text.partition(" ")[0]) for line in lines] == [(False, f"{disabled}:"), (True, f"{URL};")]
+    assert f"it is disabled: tallystick webhooks setup --url {disabled}" in lines[0].text
 
 
 async def test_a_meter_is_needed_and_must_be_one_that_can_be_used(healthy: Resources, shop: Shop) -> None:
@@ -307,3 +323,13 @@ async def test_events_in_quarantine_and_an_unfinished_sync_are_told(healthy: Res
 
     assert list(found) == ["quarantine", "sync"]
     assert found["quarantine"].startswith("1 event")
+
+
+async def test_usage_that_belongs_to_no_customer_is_told(healthy: Resources) -> None:
+    async with db.transaction(healthy.engine) as connection:
+        await record_events(connection, [make_event(customer_ref="acmee")], accepted_already=True)
+
+    found = await wrong()
+
+    assert list(found) == ["usage"]
+    assert found["usage"].startswith("1 reference has usage that belongs to no customer, such as 'acmee'")

@@ -59,6 +59,16 @@ async def test_a_slice_says_where_its_events_are(client: httpx.AsyncClient, reso
     assert [part["customer"] for part in everybody] == [CUSTOMER, "nobody"]
 
 
+async def test_a_slice_of_nobody_is_not_found(client: httpx.AsyncClient, resources: Resources) -> None:
+    await make_customer(resources)
+    await make_meter(resources)
+    for kind, name in (("customer", "acmee"), ("meter", "api_request")):
+        answer = await client.get("/v1/usage/conservation", params={"customer": REF, "meter": METER} | {kind: name})
+        assert (answer.status_code, answer.json()["type"]) == (404, f"urn:tallystick:problem:unknown-{kind}")
+    of_a_new_customer = await client.get("/v1/usage/conservation", params={"customer": REF, "meter": METER})
+    assert of_a_new_customer.json()["holds"]
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -243,7 +243,10 @@ async def test_parked_usage_on_the_command_line(resources: Resources, fake_strip
     await deliver_all(resources, datetime.now(UTC))
     _, second, third = await identifiers(resources)
     assert second in (await parked("list", "--customer", "acme")).stdout
-    assert [row["quantity"] for row in json.loads((await parked("list", "--json")).stdout)] == ["3", "2"]
+    listed = json.loads((await parked("list", "--json")).stdout)
+    assert [row["quantity"] for row in listed] == ["3", "2"]
+    rows = (await parked("list")).stdout.splitlines()
+    assert [listed[0]["customer"] in row and listed[0]["reason"] in row for row in rows] == [False, True, True]
     shown = (await parked("explain", second)).stdout
     assert PARKED["period_closed"].happened in shown
     assert "It was never tried." in shown

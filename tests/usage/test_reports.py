@@ -69,7 +69,6 @@ async def test_reconcile_fails_on_a_drift_and_on_a_difference(resources: Resourc
     assert (await tallystick("reconcile", "--meter", METER)).exit_code == 0
     await run(resources, "DELETE FROM usage_deliveries WHERE value = 5")
     assert (await tallystick("reconcile", "--meter", METER)).exit_code == 1
-    assert (await tallystick("reconcile", "--meter", "another")).exit_code == 0
 
 
 @pytest.mark.usefixtures("environment")
@@ -79,6 +78,28 @@ async def test_reconcile_fails_when_stripe_cannot_be_asked(resources: Resources,
     await run(resources, "DELETE FROM meters")
     failed = await tallystick("reconcile", "--stripe")
     assert (failed.exit_code, "Stripe has no such meter" in failed.stderr) == (1, True)
+    assert failed.stdout.endswith("Not everything could be compared: see above.\n")
+
+
+@pytest.mark.usefixtures("environment")
+async def test_what_stripe_says_when_it_refuses_is_told(resources: Resources, fake_stripe: FakeStripe) -> None:
+    await make_deliveries(resources, fake_stripe, "5")
+    await deliver(resources)
+    await run(resources, "UPDATE meters SET id = 'mtr_gone'")
+    failed = await tallystick("reconcile", "--stripe")
+    assert "Stripe answered 404: " in failed.stderr
+    assert "mtr_gone" in failed.stderr
+
+
+@pytest.mark.usefixtures("environment")
+async def test_usage_of_nobody_is_an_error_and_that_of_a_new_customer_is_not(resources: Resources) -> None:
+    await make_customer(resources)
+    await make_meter(resources)
+    for option, name in (("--customer", "acmee"), ("--meter", "api_request")):
+        refused = await tallystick("reconcile", option, name, "--stripe")
+        assert (refused.exit_code, refused.stdout) == (1, "")
+        assert refused.stderr.endswith(f"error: there is no usage of '{name}'\n")
+    assert (await tallystick("reconcile", "--customer", REF, "--meter", METER)).exit_code == 0
 
 
 @pytest.mark.usefixtures("environment")

@@ -6,10 +6,8 @@ commands that production runs, told where the parts are by the same environment 
 
 import asyncio
 import contextlib
-import json
 import os
 import secrets
-import shlex
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -24,8 +22,10 @@ from rich.console import Console
 from tallystick import db
 from tallystick.auth import SCOPES, create_key, list_keys
 from tallystick.config import Settings, load_settings
-from tallystick.dev.catalogue import METER, create_catalogue
+from tallystick.dev.catalogue import create_catalogue
 from tallystick.dev.embedded import EmbeddedPostgres, EmbeddedValkey
+from tallystick.dev.introduction import introduce
+from tallystick.dev.settings_file import write_shell
 from tallystick.errors import TallystickError
 from tallystick.resources import open_resources
 from tallystick.stripe_gateway import API_VERSION
@@ -34,6 +34,7 @@ from tallystick.usage.partitions import keep_partitions
 from tallystick.webhooks.translate import HANDLED_TYPES
 
 HOST = "127.0.0.1"
+API_PORT = 8080
 FAKE_STRIPE_PORT = 12111
 START_TIMEOUT_SECONDS = 30
 # Above the API's own grace period, so that a slow request decides and not we.
@@ -71,15 +72,18 @@ class Stack:
     def settings_file(self) -> Path:
         return self.data / "settings.sh"
 
-    def write_settings(self) -> None:
-        """Write what the stack's processes were told, for a shell to read: so `scripts/run doctor` finds them.
+    @contextlib.contextmanager
+    def written_settings(self) -> Iterator[None]:
+        """Write what the stack's processes were told, so that `scripts/run doctor` finds them; take it away at the end.
 
-        What came from the environment of this process stays there: it may be a real key of Stripe's.
+        Not before all parts have started: until then the file may be another stack's in the same folder.
         """
-        own = {name: value for name, value in self.environment.items() if os.environ.get(name) != value}
         self.settings_file.unlink(missing_ok=True)
-        lines = (f"export {name}={shlex.quote(value)}\n" for name, value in sorted(own.items()))
-        _keep_secret(self.settings_file, lambda: "".join(lines))
+        _keep_secret(self.settings_file, lambda: write_shell(self.environment, os.environ))
+        try:
+            yield
+        finally:
+            self.settings_file.unlink(missing_ok=True)
 
     def log_file(self, name: str) -> Path:
         return self.data / "logs" / f"{name}.log"
@@ -156,7 +160,10 @@ async def open_stack(
     `valkey_settings` are those servers' own, for the embedded ones.
     """
     given = {} if embedded_only else dict(os.environ)
-    (data / "logs").mkdir(parents=True, exist_ok=True)
+    try:
+        (data / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StackError(f"{data} cannot be the data folder: {error.strerror}") from None
     environment = {
         "TALLYSTICK_HOST": HOST,
         "TALLYSTICK_PORT": str(claim_port(ports["api"], "TALLYSTICK_PORT", HOST)),
@@ -164,7 +171,6 @@ async def open_stack(
     }
     async with AsyncExitStack() as parts:
         stack = Stack(data, environment, None, None)
-        parts.callback(stack.settings_file.unlink, missing_ok=True)
         with console.status("starting PostgreSQL and Valkey"):
             await _start_stores(stack, parts, given, postgres_settings, valkey_settings)
         parts.push_async_callback(stack.stop_processes)
@@ -188,52 +194,27 @@ async def open_stack(
 async def run_until_stopped(data: Path, stop: asyncio.Event, console: Console) -> None:
     """`tallystick run`: a stack, three commands to try on it, and its end when `stop` is set or a part dies."""
     ports = {
-        "api": int(os.environ.get("TALLYSTICK_PORT", "8080")),
-        "fake-stripe": int(os.environ.get("TALLYSTICK_FAKE_STRIPE_PORT", str(FAKE_STRIPE_PORT))),
+        "api": _read_port("TALLYSTICK_PORT", API_PORT),
+        "fake-stripe": _read_port("TALLYSTICK_FAKE_STRIPE_PORT", FAKE_STRIPE_PORT),
     }
     async with open_stack(data, ports=ports, console=console) as stack:
         key = await make_development_key(stack)
-        stack.write_settings()
-        if stack.fake:
-            with console.status("filling the fake Stripe with a demo catalogue"):
-                await create_catalogue(stack.settings())
-                await settle(stack)
-        _introduce(stack, key, console)
-        ends = [asyncio.create_task(process.wait(), name=name) for name, process in stack.processes.items()]
-        stopped = asyncio.create_task(stop.wait())
-        done, _ = await asyncio.wait([*ends, stopped], return_when=asyncio.FIRST_COMPLETED)
-        for end in [*ends, stopped]:
-            end.cancel()
-        if stopped not in done:
-            name = next(iter(done)).get_name()
-            raise StackError(f"{name} ended by itself; its log: {stack.log_file(name)}")
-        console.print("stopping")
+        with stack.written_settings():
+            if stack.fake:
+                with console.status("filling the fake Stripe with a demo catalogue"):
+                    await create_catalogue(stack.settings())
+                    await settle(stack)
+            console.print(introduce(stack, key), markup=False)
+            ends = [asyncio.create_task(process.wait(), name=name) for name, process in stack.processes.items()]
+            stopped = asyncio.create_task(stop.wait())
+            done, _ = await asyncio.wait([*ends, stopped], return_when=asyncio.FIRST_COMPLETED)
+            for end in [*ends, stopped]:
+                end.cancel()
+            if stopped not in done:
+                name = next(iter(done)).get_name()
+                raise StackError(f"{name} ended by itself; its log: {stack.log_file(name)}")
+            console.print("stopping")
     console.print("stopped; the data is kept")
-
-
-def _introduce(stack: Stack, key: str, console: Console) -> None:
-    stripe = f"fake, at {stack.stripe_url}" if stack.fake else stack.stripe_url
-    usage = json.dumps({"id": secrets.token_hex(4), "customer": "acme", "meter": METER, "value": "2.5"})
-    authorization = f'-H "Authorization: Bearer {key}"'
-    console.print(
-        f"""
-tallystick is ready.
-
-  API        {stack.api_url}      its documentation: {stack.api_url}/docs
-  Stripe     {stripe}
-  PostgreSQL {stack.environment["DATABASE_URL"]}
-  Valkey     {stack.environment["REDIS_URL"]}
-  data, logs {stack.data}
-
-Send a usage event, ask what the customer may do, open its portal:
-
-curl {stack.api_url}/v1/usage {authorization} -d '{usage}'
-curl {stack.api_url}/v1/customers/acme/access {authorization}
-curl {stack.api_url}/v1/portal/sessions {authorization} -H "Content-Type: application/json" -d '{{"customer": "acme"}}'
-
-Ctrl-C stops everything.""",
-        markup=False,
-    )
 
 
 async def make_development_key(stack: Stack) -> str:
@@ -292,6 +273,8 @@ async def _start_fake_stripe(stack: Stack, parts: AsyncExitStack, port: int) -> 
         "STRIPE_API_BASE": f"http://{HOST}:{port}",
     }
     state = stack.data / "fake-stripe.db"
+    state.touch()
+    state.chmod(0o600)  # like the rest of the folder: it has the secrets of webhook endpoints
     await stack.start_process("fake-stripe", "fake-stripe", "--port", str(port), "--state", str(state))
     await stack.wait_for("fake-stripe", f"{stack.stripe_url}/_fake/clock")
     async with httpx.AsyncClient(base_url=stack.stripe_url, timeout=10) as control:
@@ -314,6 +297,14 @@ def _keep_secret(file: Path, make: Callable[[], str]) -> str:
         with os.fdopen(descriptor, "w") as opened:
             opened.write(make())
     return file.read_text().strip()
+
+
+def _read_port(name: str, default: int) -> int:
+    """The port that a variable of the environment names."""
+    value = os.environ.get(name) or str(default)
+    if not (value.isascii() and value.isdigit() and int(value) <= 65535):
+        raise StackError(f"{name} is no port from 0 to 65535: {value}")
+    return int(value)
 
 
 @contextlib.contextmanager

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from tallystick.terminal import Json, err, fail, out, with_resources
+from tallystick.terminal import Json, err, fail, out, print_table, with_resources
 
 if TYPE_CHECKING:
     from tallystick.resources import Resources
-
-ID_LENGTH = len("msg_") + 32
 
 app = typer.Typer(help="Notifications to your own services: what was told to whom.", no_args_is_help=True)
 
@@ -40,7 +38,6 @@ def list_(
     table = Table(
         "id", "type", "customer", "endpoint", "state", "tries", "last try", "made", "next", box=None, pad_edge=False
     )
-    table.columns[0].no_wrap, table.columns[0].min_width = True, ID_LENGTH  # it is there to be copied
     for row in found:
         table.add_row(
             row["id"],
@@ -53,7 +50,7 @@ def list_(
             f"{row['created_at']:%Y-%m-%d %H:%M}",
             f"{row['next_attempt_at']:%Y-%m-%d %H:%M}" if row["next_attempt_at"] else "",
         )
-    out.print(table)
+    print_table(table)
 
 
 @app.command("replay")

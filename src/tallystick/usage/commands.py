@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from tallystick.terminal import Json, err, fail, out, with_resources
+from tallystick.terminal import Json, err, fail, out, print_table, with_resources
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -51,11 +51,10 @@ def list_(
         out.print("Nothing is parked.")
         return
     table = Table("id", "customer", "meter", "quantity", "of", "reason", box=None, pad_edge=False)
-    table.columns[0].no_wrap = True  # it is there to be copied
     for row in found:
         at = f"{row['timestamp']:%Y-%m-%d %H:%M}"
         table.add_row(row["identifier"], row["customer"], row["meter"], row["quantity"], at, row["reason"])
-    out.print(table)
+    print_table(table)
     if len(found) == limit:
         out.print(f"These are the oldest {limit}; --limit shows more.")
 

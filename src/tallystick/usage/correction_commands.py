@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from tallystick.terminal import Json, fail, out, with_resources
+from tallystick.terminal import Json, fail, out, print_table, with_resources
 
 if TYPE_CHECKING:
     from tallystick.resources import Resources
@@ -33,7 +33,6 @@ DECIDE = """
 """
 
 SHOWN = ("id", "source", "customer", "meter", "timestamp", "delta", "state", "why", "invoice", "reason")
-WIDEST = 1_000
 
 CorrectionId = Annotated[str, typer.Argument(metavar="ID", help="As `tallystick corrections list` shows it.")]
 Note = Annotated[str, typer.Option(help="What was done, or why not; kept with the correction.")]
@@ -74,8 +73,7 @@ def list_(
     table = Table(*SHOWN, box=None, pad_edge=False)
     for correction in found:
         table.add_row(*(str(correction[name] or "") for name in SHOWN))
-    # Wider than the terminal rather than with digits or ids left out.
-    out.print(table, width=max(out.width, WIDEST), crop=False)
+    print_table(table)
 
 
 @app.command("settle")

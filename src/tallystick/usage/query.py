@@ -29,6 +29,20 @@ Aggregation = Literal["sum", "count", "last", "max", "unique_count"]
 FIND_CUSTOMER = text("SELECT customer FROM customer_references WHERE ref = :ref")
 FIND_REFS = text("SELECT ref FROM customer_references WHERE customer = :customer")
 
+IS_CUSTOMER = text("""
+    SELECT EXISTS (SELECT FROM customer_references WHERE ref = :ref)
+           OR EXISTS (SELECT FROM usage_totals WHERE customer_ref = :ref)
+""")
+IS_METER = text("SELECT EXISTS (SELECT FROM meters WHERE event_name = :meter)")
+
+# The first condition is that of the index of totals that are not sealed: there are few of them.
+COUNT_UNLINKED = text("""
+    SELECT count(DISTINCT customer_ref) AS number, min(customer_ref) AS first
+      FROM usage_totals t
+     WHERE events <> sealed_events
+       AND NOT EXISTS (SELECT FROM customer_references r WHERE r.ref = t.customer_ref)
+""")
+
 # `edges` are the windows' beginnings and the last one's end; width_bucket finds a total's place among them.
 ADD_UP = text("""
     WITH chosen AS (
@@ -163,6 +177,23 @@ async def find_refs(connection: AsyncConnection, ref: str) -> tuple[str | None, 
     if customer is None:
         return None, [ref]
     return customer, list(await connection.scalars(FIND_REFS, {"customer": customer}))
+
+
+async def find_unknown(
+    connection: AsyncConnection, customer: str | None, meter: str | None, rules: Rules
+) -> Literal["customer", "meter"] | None:
+    """Which of two names without usage is nobody's, misspelt perhaps; None when both mean something or are None."""
+    if customer is not None and not await connection.scalar(IS_CUSTOMER, {"ref": customer}):
+        return "customer"
+    if meter is not None and meter not in rules.meters and not await connection.scalar(IS_METER, {"meter": meter}):
+        return "meter"
+    return None
+
+
+async def count_unlinked(connection: AsyncConnection) -> tuple[int, str | None]:
+    """How many references have usage that waits because they belong to no customer, and the first one by name."""
+    row = (await connection.execute(COUNT_UNLINKED)).one()
+    return row.number, row.first
 
 
 async def add_up_usage(connection: AsyncConnection, question: Question, rules: Rules) -> tuple[str | None, list[Row]]:

@@ -10,11 +10,10 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tallystick.terminal import Json, err, fail, out, with_resources
+from tallystick.terminal import Json, err, fail, out, print_table, with_resources
 
 if TYPE_CHECKING:
     from tallystick.resources import Resources
@@ -24,24 +23,31 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 SHOWN_STATES = ("accepted", "open", "pending", "sending", "sent", "confirmed", "parked", "voided", "difference")
-WIDEST = 400
 ALWAYS_SHOWN = ("accepted", "confirmed", "difference")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was found: each customer and meter, the whole ledger (when no slice was asked for), the open drifts."""
+    """What was found: each customer and meter, the whole ledger (when no slice was asked for), the open drifts.
+
+    `unknown`: the name of a customer or meter that was asked for and is nobody's.
+    """
 
     parts: "Sequence[Part]"
     whole: "Conservation | None"
     drifts: Sequence[Mapping[str, Any]]
     compared: int | None
     not_asked: Sequence[str]
+    unknown: str | None = None
+
+    @property
+    def differs(self) -> bool:
+        counted = [part.counted for part in self.parts] + ([self.whole] if self.whole else [])
+        return not all(each.holds for each in counted) or bool(self.drifts)
 
     @property
     def good(self) -> bool:
-        counted = [part.counted for part in self.parts] + ([self.whole] if self.whole else [])
-        return all(each.holds for each in counted) and not self.drifts and not self.not_asked
+        return not self.differs and not self.not_asked
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -86,7 +92,7 @@ def reconcile(
             find_first_day,
         )
         from tallystick.usage.drain import drain
-        from tallystick.usage.query import find_refs
+        from tallystick.usage.query import find_refs, find_unknown
         from tallystick.usage.reconciliation import find_drifts
 
         await drain(resources, datetime.now(UTC))
@@ -103,9 +109,14 @@ def reconcile(
                 if all(given is None for given in (customer, meter, start, end)):
                     whole = await count_conservation(connection)
                 drifts = await find_drifts(connection, wanted)
-        return Report(parts, whole, drifts, compared, not_asked)
+                rules = resources.rules.current(datetime.now(UTC))
+                unknown = None if parts else await find_unknown(connection, customer, meter, rules)
+        name = {"customer": customer, "meter": meter}[unknown] if unknown is not None else None
+        return Report(parts, whole, drifts, compared, not_asked, name)
 
     report = with_resources(work)
+    if report.unknown is not None:
+        fail(f"there is no usage of {report.unknown!a}")
     if json_:
         out.print_json(json.dumps(report.as_json()))
     else:
@@ -150,7 +161,7 @@ def periods(json_: Json = False) -> None:
                 ", ".join(unsent) or "nothing",
                 "confirmed" if usage.confirmed else f"not confirmed; checked {checked}",
             )
-    _print_whole(table)
+    print_table(table)
 
 
 async def _ask_stripe(resources: "Resources", wanted: Mapping[str, Any]) -> tuple[int, list[str]]:
@@ -170,7 +181,8 @@ async def _ask_stripe(resources: "Resources", wanted: Mapping[str, Any]) -> tupl
                 compared = await compare_now(resources, pair, datetime.now(UTC))
                 problem = None if compared else "Stripe has no such meter"
             except STRIPE_ERRORS as error:
-                problem = f"Stripe answered {error.http_status}" if error.http_status else type(error).__name__
+                answered = f"Stripe answered {error.http_status}" if error.http_status else type(error).__name__
+                problem = f"{answered}: {str(error).partition(chr(10))[0]}"
             if problem:
                 not_asked.append(f"{pair.customer} {pair.event_name}: {problem}")
             progress.advance(task)
@@ -193,7 +205,7 @@ def _print(report: Report) -> None:
         column.justify = "right"
     for customer, meter, kind, numbers, drifting in rows:
         table.add_row(customer, meter, kind, *(str(numbers[name]) for name in shown), str(drifting))
-    _print_whole(table)
+    print_table(table)
     for drift in report.drifts:
         out.print(
             f"drift: {drift['customer']} {drift['meter']} {drift['hour']:%Y-%m-%d %H:00} UTC: sent {drift['ours']},"
@@ -204,12 +216,10 @@ def _print(report: Report) -> None:
         out.print(f"Compared {report.compared} customers' meters with Stripe now.")
     for problem in report.not_asked:
         err.print(f"not compared: {problem}", markup=False)
-    out.print("Everything is accounted for." if report.good else "Something differs: see above.")
-
-
-def _print_whole(table: Table) -> None:
-    # Wider than the terminal rather than with digits left out.
-    Console(file=out.file, width=max(out.width, WIDEST), highlight=False, soft_wrap=True).print(table)
+    if report.differs:
+        out.print("Something differs: see above.")
+    else:
+        out.print("Everything is accounted for." if report.good else "Not everything could be compared: see above.")
 
 
 def _read_time(given: str | None, option: str) -> datetime | None:

@@ -15,7 +15,7 @@ from tallystick.usage.board import list_open_periods
 from tallystick.usage.buckets import floor_hour
 from tallystick.usage.conservation import Slice, count_slices, find_first_day
 from tallystick.usage.events import plain
-from tallystick.usage.query import Aggregation, Question, add_up_usage, find_period_start, find_refs
+from tallystick.usage.query import Aggregation, Question, add_up_usage, find_period_start, find_refs, find_unknown
 from tallystick.usage.trace import trace_event, waits_in_buffer
 from tallystick.usage.windows import Window, start_of_month
 
@@ -187,7 +187,11 @@ class SliceConservation(BaseModel):
     data: list[ConservationPart]
 
 
-@router.get("/v1/usage/conservation", dependencies=[Depends(require_scope("usage:read"))])
+@router.get(
+    "/v1/usage/conservation",
+    dependencies=[Depends(require_scope("usage:read"))],
+    responses={404: {"description": "The name is nobody's (`unknown-customer`, `unknown-meter`)"}},
+)
 async def get_conservation(
     request: Request,
     customer: Annotated[
@@ -208,6 +212,12 @@ async def get_conservation(
         start = max((at for at in (_utc(from_, "from"), first) if at is not None), default=None)
         end = _utc(to, "to")
         parts = await count_slices(connection, Slice(refs, meter, start, end), SLICE_PATIENCE)
+        if not parts:  # a name that is misspelt must not look as if everything were well
+            rules = resources.rules.current(datetime.now(UTC))
+            unknown = await find_unknown(connection, customer, meter, rules)
+            if unknown is not None:
+                name = customer if unknown == "customer" else meter
+                raise NotFound(f"There is no usage of {name!a}: no {unknown} has this name.", type=f"unknown-{unknown}")
     data = []
     for part in parts:
         shown: Any = part.counted.as_json()

@@ -12,7 +12,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tallystick.terminal import Json, err, fail, out, with_resources
+from tallystick.terminal import Json, err, fail, out, print_table, with_resources
 
 if TYPE_CHECKING:
     from tallystick.resources import Resources
@@ -105,7 +105,10 @@ def replay(
         table = Table("event", "before", "now", "", box=None, pad_edge=False)
         for replayed in done:
             table.add_row(replayed.id, replayed.before or "", replayed.now or "", replayed.problem or "")
-        out.print(table if done else "There is nothing to replay.")
+        if done:
+            print_table(table)
+        else:
+            out.print("There is nothing to replay.")
     sys.exit(1 if any(replayed.now in (None, "quarantined") for replayed in done) else 0)
 
 
@@ -173,7 +176,7 @@ def _check(sample: int | None, *, all_invoices: bool, repair: bool, json_: bool)
                 values = (_shown(difference.here), _shown(difference.stripe))
                 table.add_row(drift.kind, drift.id, difference.field, *values, "repaired" if drift.repaired else "")
         if checked.drift:
-            out.print(table)
+            print_table(table)
         compared = sum(checked.objects.values())
         out.print(f"{compared:,} objects compared, {len(checked.drift):,} differ.")
     sys.exit(0 if checked.good else 1)

@@ -1,0 +1,30 @@
+"""What the doctor finds."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found about one part. `text` says what it is when it is good, and how to mend it when it is not."""
+
+    part: str
+    good: bool
+    text: str
+
+    def as_json(self) -> dict[str, object]:
+        return {"part": self.part, "ok": self.good, "text": self.text}
+
+
+def good(part: str, text: str) -> Finding:
+    """A part that is as it should be."""
+    return Finding(part, good=True, text=text)
+
+
+def bad(part: str, text: str) -> Finding:
+    """A part to be mended."""
+    return Finding(part, good=False, text=text)
+
+
+def brief(error: Exception) -> str:
+    """The first line of what an error says."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
