@@ -101,9 +101,10 @@ DUE_BY_TIME = """
 INSERT_DELIVERIES = text("""
     INSERT INTO usage_deliveries
            (total_id, opened_seal, seal, events, customer, event_name, identifier, payload, value, timestamp, state,
-            reason, aggregation, sender, next_attempt_at)
+            reason, aggregation, sender, next_attempt_at, settled_at)
     SELECT total_id, opened_seal, seal, events, customer, event_name, identifier, CAST(payload AS jsonb),
-           CAST(value AS numeric), timestamp, state, reason, aggregation, sender, :now
+           CAST(value AS numeric), timestamp, state, reason, aggregation, sender, :now,
+           CASE WHEN state <> 'pending' THEN CAST(:now AS timestamptz) END
       FROM unnest(CAST(:total_id AS bigint[]), CAST(:opened_seal AS integer[]), CAST(:seal AS integer[]),
                   CAST(:events AS bigint[]), CAST(:customer AS text[]), CAST(:event_name AS text[]),
                   CAST(:identifier AS text[]), CAST(:payload AS text[]), CAST(:value AS text[]),
