@@ -9,6 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -386,6 +387,31 @@ async def test_unique_values_are_counted_over_all_references_and_buckets_of_the_
     await seal_everything(ruled, datetime.now(UTC))
     assert [row[0] for row in await read_all(ruled, DELIVERIES) if row[3] == "pending"] == [3]
     assert await read_all(ruled, "SELECT quantity FROM usage_totals ORDER BY bucket_start") == [(1,)] * 5
+
+
+@pytest.mark.parametrize(("meter", "running"), [("max", [5, 3]), ("unique_count", [2, 1])])
+async def test_a_running_value_has_nothing_of_what_another_customer_was_told(
+    ruled: Resources, client: httpx.AsyncClient, meter: str, running: list[int]
+) -> None:
+    await make_meters(ruled)
+    await make_customer(ruled)
+    await make_customer(ruled, ref="other", customer="cus_other")
+    users = {"old": "ann", "old too": "bob", "new": "eve"}
+    used = {
+        id: make_event(id, at=last_hour() - timedelta(hours=n), value=value, meter=meter, properties=(("user", user),))
+        for n, ((id, user), value) in enumerate(zip(users.items(), ("5", "4", "3"), strict=True))
+    }
+    await record(ruled, used["old"], used["old too"])
+    await seal_everything(ruled, datetime.now(UTC))
+    await run(ruled, "INSERT INTO customer_links (ref, customer) VALUES (:ref, 'cus_other')", ref=REF)
+    await record(ruled, used["new"])
+    await seal_everything(ruled, datetime.now(UTC))
+    told = "SELECT customer, value FROM usage_deliveries WHERE state = 'pending' ORDER BY id"
+    assert await read_all(ruled, told) == [(CUSTOMER, running[0]), ("cus_other", running[1])]
+    # As docs/reading.md says: shown is what was used under the name, whoever was billed.
+    asked = {"customer": "cus_other", "meter": meter, "from": (last_hour(0) - timedelta(hours=3)).isoformat()}
+    shown = (await client.get("/v1/usage", params=asked | {"window": "billing_period"})).json()["data"]
+    assert sum(row["events"] for row in shown) == 3
 
 
 async def test_a_total_keeps_the_aggregation_that_it_was_opened_with(ruled: Resources, resources: Resources) -> None:

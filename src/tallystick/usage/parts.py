@@ -87,18 +87,24 @@ FIND_REFS = text("""
 
 TAKE_TURN = text("SELECT pg_advisory_xact_lock(:lock, hashtext(:name))")
 
+# What was sealed for another customer, before the reference meant this one, stays that one's.
+OWN = """
+    (t.events <> t.sealed_events
+     OR EXISTS (SELECT FROM usage_deliveries d WHERE d.total_id = t.id AND d.customer = r.customer))
+"""
+
 # The value of a period as it is known now, the last second at which something was said of it, and what that was.
-FIND_RUNNING = text("""
+FIND_RUNNING = text(f"""
     SELECT CASE r.aggregation
            WHEN 'max' THEN (
                SELECT max(t.quantity) FROM usage_totals t
                 WHERE t.customer_ref = ANY(r.refs) AND t.meter = r.meter AND t.aggregation = 'max' AND t.events > 0
-                  AND t.bucket_start >= r.period_start AND t.bucket_start < r.period_end)
+                  AND t.bucket_start >= r.period_start AND t.bucket_start < r.period_end AND {OWN})
            ELSE (
                SELECT count(*) FROM (
                    SELECT DISTINCT u.digest FROM usage_totals t JOIN usage_uniques u ON u.total_id = t.id
                     WHERE t.customer_ref = ANY(r.refs) AND t.meter = r.meter
-                      AND t.bucket_start >= r.period_start AND t.bucket_start < r.period_end) seen)
+                      AND t.bucket_start >= r.period_start AND t.bucket_start < r.period_end AND {OWN}) seen)
            END AS value,
            (SELECT max(d.timestamp) FROM usage_deliveries d
              WHERE d.customer = r.customer AND d.event_name = r.meter
@@ -114,7 +120,7 @@ FIND_RUNNING = text("""
         AS r(number integer, customer text, meter text, aggregation text, refs text[], period_start timestamptz,
              period_end timestamptz)
      ORDER BY r.number
-""")
+""")  # noqa: S608  a constant
 
 
 class Total(NamedTuple):
