@@ -114,15 +114,21 @@ INSERT_DELIVERIES = text("""
              reason, aggregation, sender)
 """)
 
-# The totals are locked, so what is open is still what was read. One of which a part stays open remains due.
+# The totals are locked, so what is open is still what was read. One of which a part stays open remains due. What is
+# sealed is no longer found as open usage, so it is written down where a threshold may have been reached by it.
 CLOSE_SEALS = text("""
-    UPDATE usage_totals t
-       SET sealed = t.sealed + CAST(r.quantity AS numeric), sealed_events = t.sealed_events + r.events,
-           seal = r.next_seal,
-           sealed_at = CASE WHEN t.events = t.sealed_events + r.events THEN :now ELSE t.sealed_at END
-      FROM unnest(CAST(:id AS bigint[]), CAST(:next_seal AS integer[]), CAST(:quantity AS text[]),
-                  CAST(:events AS bigint[])) AS r(id, next_seal, quantity, events)
-     WHERE t.id = r.id
+    WITH closed AS (
+        UPDATE usage_totals t
+           SET sealed = t.sealed + CAST(r.quantity AS numeric), sealed_events = t.sealed_events + r.events,
+               seal = r.next_seal,
+               sealed_at = CASE WHEN t.events = t.sealed_events + r.events THEN :now ELSE t.sealed_at END
+          FROM unnest(CAST(:id AS bigint[]), CAST(:next_seal AS integer[]), CAST(:quantity AS text[]),
+                      CAST(:events AS bigint[])) AS r(id, next_seal, quantity, events)
+         WHERE t.id = r.id
+        RETURNING t.customer_ref, t.meter, t.bucket_start
+    )
+    INSERT INTO usage_threshold_looks (customer_ref, meter, at)
+    SELECT c.customer_ref, c.meter, c.bucket_start FROM closed c JOIN usage_threshold_meters m ON m.meter = c.meter
 """)
 
 
