@@ -17,8 +17,9 @@ from sqlalchemy.exc import IntegrityError
 
 from tallystick import db
 from tallystick.resources import Resources
-from tallystick.rules import RulesFile
+from tallystick.rules import Rules, RulesFile
 from tallystick.usage import parts
+from tallystick.usage.corrections import Wanted, record_correction
 from tallystick.usage.events import UsageEvent
 from tallystick.usage.ledger import record_events
 from tallystick.usage.sealing import seal_due, seal_everything
@@ -425,6 +426,31 @@ async def test_a_total_keeps_the_aggregation_that_it_was_opened_with(ruled: Reso
         ("last", 4),
         ("max", 4),
     ]
+
+
+async def test_a_total_counts_the_property_that_it_was_opened_with(ruled: Resources) -> None:
+    await make_meters(ruled)
+    await make_customer(ruled)
+    at = last_hour(20)
+
+    def used(id: str, user: str, team: str, at: datetime = at) -> UsageEvent:
+        return make_event(id, at=at, meter="unique_count", properties=(("team", team), ("user", user)))
+
+    await record(ruled, used("a", "ann", "red"), used("b", "bob", "red"), used("c", "eve", "red"))
+    other = {"meters": {"unique_count": {"aggregation": "unique_count", "property": "team", "properties": ["user"]}}}
+    ruled.rules.rules = Rules.model_validate(other)
+    await record(ruled, used("d", "ann", "blue"), used("e", "joe", "red", at + timedelta(minutes=20)))
+    await record(ruled, *(used(f"next {user}", user, "red", at - timedelta(hours=1)) for user in ("ann", "bob")))
+    quantities = "SELECT quantity FROM usage_totals ORDER BY bucket_start"
+    assert await read_all(ruled, quantities) == [(1,), (4,)], "teams in the new hour, users in the one that ran"
+    correction = Wanted("tests", "fix", "b", None, "void", None, "a test")
+    async with db.transaction(ruled.engine) as connection:
+        await record_correction(connection, correction, ruled.rules.rules, datetime.now(UTC))
+    assert await read_all(ruled, quantities) == [(1,), (3,)]
+    await make_boundaries(ruled, at + timedelta(minutes=10))
+    ruled.rules.rules = Rules()
+    await seal_everything(ruled, datetime.now(UTC))
+    assert await read_all(ruled, quantities) == [(1,), (2,), (1,)]
 
 
 async def test_a_delivery_names_its_sender(ruled: Resources) -> None:
