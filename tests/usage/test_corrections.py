@@ -180,6 +180,26 @@ async def test_an_id_that_was_used_on_two_days_needs_the_day(client: httpx.Async
     assert problem(await correct(client, "c2", day="2020-01-01")) == (404, "unknown-usage-event")
 
 
+async def test_a_wrong_day_is_answered_with_the_right_one(client: httpx.AsyncClient, resources: Resources) -> None:
+    await make_meter(resources)
+    await client.post("/v1/usage", json={"id": "e1", "customer": "acme", "meter": METER})
+    answer = await correct(client, day="2026-01-01")
+    assert problem(answer) == (404, "unknown-usage-event")
+    assert "retry-after" not in answer.headers
+    ((day,),) = await read_all(resources, "SELECT day FROM usage_events")
+    assert str(day) in answer.json()["detail"]
+    assert (await correct(client, day=str(day))).status_code == 200
+
+
+async def test_a_member_that_is_given_twice_is_refused(client: httpx.AsyncClient, resources: Resources) -> None:
+    await prepare(resources, make_event())
+    body = '{"id": "c1", "event_id": "e1", "action": "void", "reason": "a test", "i\\u0064": "c2"}'
+    answer = await client.post("/v1/usage/corrections", content=body, headers={"content-type": "application/json"})
+    assert problem(answer) == (422, "invalid-request")
+    assert answer.json()["detail"] == "The field 'id' is given twice."
+    assert await read_all(resources, ROWS) == []
+
+
 async def test_an_event_that_still_waits_in_redis_is_recorded_first(
     client: httpx.AsyncClient, resources: Resources
 ) -> None:
