@@ -14,6 +14,7 @@ from tallystick.resources import Resources
 from tallystick.rules import RulesFile
 from tallystick.stripe_gateway import MeterEventSession
 from tallystick.usage.delivery import deliver, deliver_all
+from tallystick.usage.error_reports import fetch_error_reports, find_error_reports
 from tallystick.usage.ledger import record_events
 from tallystick.usage.parked import resend
 from tallystick.usage.sealing import seal_everything
@@ -73,6 +74,22 @@ async def test_a_session_that_ended_before_its_time_is_renewed_once(
     await deliver_all(resources, datetime.now(UTC))
     assert await read_all(resources, STATES) == [("sent", 1)]
     assert [request["status"] for request in await requests_to(fake_stripe, STREAM)] == [401, 200]
+
+
+async def test_a_report_parks_what_was_said_again_with_a_new_session(
+    resources: Resources, fake_stripe: FakeStripe
+) -> None:
+    customer = await make_deliveries(resources, fake_stripe, "1")
+    await run(resources, "UPDATE usage_deliveries SET sender = 'meter_event_stream'")
+    await fake_stripe.client.v1.customers.delete_async(customer)
+    resources.meter_event_session.token = "ended"
+    resources.meter_event_session.expires_at = datetime.now(UTC) + timedelta(minutes=10)
+    await deliver_all(resources, datetime.now(UTC))
+    assert [request["status"] for request in await requests_to(fake_stripe, STREAM)] == [401, 200]
+    (await fake_stripe.control.post("/_fake/clock", json={"advance_seconds": 60})).raise_for_status()
+    await find_error_reports(resources, datetime.now(UTC))
+    await fetch_error_reports(resources, datetime.now(UTC))
+    assert await read_all(resources, STATES) == [("parked", 1)]
 
 
 async def test_without_a_session_the_deliveries_wait(resources: Resources, fake_stripe: FakeStripe) -> None:
