@@ -22,6 +22,7 @@ from tallystick.usage import parts
 from tallystick.usage.corrections import Wanted, record_correction
 from tallystick.usage.events import UsageEvent
 from tallystick.usage.ledger import record_events
+from tallystick.usage.parked import resend
 from tallystick.usage.sealing import seal_due, seal_everything
 from tests.conftest import empty_stores
 from tests.usage.making import (
@@ -352,12 +353,36 @@ async def test_a_running_value_never_leaves_its_period(ruled: Resources) -> None
     for value in ("1", "2", "3", "4"):
         await record(ruled, make_event(value, at=start, value=value, meter="max"))
         await seal_everything(ruled, datetime.now(UTC))
-    assert [row[:2] for row in await read_all(ruled, DELIVERIES)] == [
-        (1, unix(start)),
-        (2, unix(start) + 1),
-        (3, unix(start) + 1),
-        (4, unix(start) + 1),
+    # Of two values at one second Stripe could not tell which is the later one.
+    assert [(value, at, state) for value, at, _, state in await read_all(ruled, DELIVERIES)] == [
+        (1, unix(start), "pending"),
+        (2, unix(start) + 1, "pending"),
+        (3, unix(start) + 1, "parked"),
+        (4, unix(start) + 1, "parked"),
     ]
+    assert await read_all(ruled, "SELECT DISTINCT reason FROM usage_deliveries WHERE state = 'parked'") == [
+        ("no_second_left",)
+    ]
+    ((identifier,),) = await read_all(ruled, "SELECT identifier FROM usage_deliveries WHERE value = 3")
+    now = datetime.now(UTC)
+    async with db.transaction(ruled.engine) as connection:
+        (decision,) = await resend(connection, [str(identifier)], ruled.rules.rules, now, by="a test", carried=True)
+    assert decision.refused == "no_second_left"
+    assert (await conservation(ruled)).events_by_state["parked"] == 2
+
+
+async def test_a_running_value_that_would_be_too_far_ahead_stays_open_until_there_is_room(ruled: Resources) -> None:
+    await make_meters(ruled)
+    await make_customer(ruled)
+    now = last_hour()
+    await record(ruled, make_event("a", at=now, value="5", meter="max"))
+    await seal_everything(ruled, now)
+    ahead = unix(now) + 150
+    await run(ruled, "UPDATE usage_deliveries SET timestamp = :ahead", ahead=ahead)
+    await record(ruled, make_event("b", at=now, value="8", meter="max"))
+    assert await seal_everything(ruled, now) == 0
+    assert await seal_everything(ruled, now + timedelta(seconds=1)) == 1
+    assert [row[:2] for row in await read_all(ruled, DELIVERIES)] == [(5, ahead), (8, ahead + 1)]
 
 
 async def test_running_values_are_said_by_one_worker_after_the_other(ruled: Resources) -> None:

@@ -75,6 +75,8 @@ DECIDE = text("""
 
 ALTERNATIVES = {
     "not_parked": "It is not parked.",
+    "no_second_left": "The last second of its billing period says another value already. Settle the difference by an"
+    " invoice item at Stripe, or void it.",
     "outcome_unknown": "Stripe may have taken it: its summaries decide, and `tallystick reconcile --stripe` asks them"
     " now. What they do not show is sent again by itself.",
     "period_closed": "The invoice that would have billed it is final. Carry it into the open period, settle it by an"
@@ -186,8 +188,8 @@ async def void(
 def _refusal(row: Mapping[Any, Any], closed: Collection[int], now: datetime) -> str | None:
     if row["state"] != "parked":
         return "not_parked"
-    if row["reason"] == "outcome_unknown":
-        return "outcome_unknown"
+    if row["reason"] in ("outcome_unknown", "no_second_left"):
+        return str(row["reason"])
     if row["id"] in closed:
         return "period_closed"
     if row["timestamp"] < (now - STRIPE_TAKES_FOR).timestamp():

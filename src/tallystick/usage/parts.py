@@ -4,7 +4,7 @@
     count           1 for each event, at the event's own second
     last            the latest value, at its event's own second; nothing when something later was said before
     max,            the running value of the billing period over all the customer's references, later than what was
-    unique_count    said before; nothing when it has not changed
+    unique_count    said before; nothing when it has not changed, and parked when the period has no second left for it
 
 A part that says nothing new is still written, as voided: the events that it carries are accounted for by it.
 """
@@ -140,7 +140,10 @@ class Total(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One delivery to be. `opened_seal`: the seal of the events that it carries. `of_event`: the one event's key."""
+    """One delivery to be. `opened_seal`: the seal of the events that it carries. `of_event`: the one event's key.
+
+    `parked`: the reason, where Stripe cannot be told.
+    """
 
     total: Total
     opened_seal: int
@@ -150,6 +153,7 @@ class Part(NamedTuple):
     events: int
     says_something: bool = True
     of_event: tuple[str, str] | None = None
+    parked: str | None = None
 
 
 async def list_parts(connection: AsyncConnection, totals: Sequence[Total], now: datetime) -> list[Part]:
@@ -236,13 +240,18 @@ async def _list_running(connection: AsyncConnection, totals: Sequence[Total], no
     for total, key in sorted(zip(totals, keys, strict=True), key=lambda pair: pair[0].bucket_start):
         stream, period = streams[key], key[3]
         at = delivery_timestamp(total.bucket_start, total.bucket_end, now)
-        new = stream.value != stream.said
+        new, parked = stream.value != stream.said, None
         if new:
             # Stripe takes nothing that lies further ahead than 5 minutes, and what is outside bills another period.
             at = max(at, stream.last + SECOND) if stream.last else at
             at = min(at, period.end - SECOND, max(now + MAX_AHEAD / 2, total.bucket_start))
+            if stream.last and at <= stream.last:
+                # Of two values at one second nobody knows which one Stripe bills.
+                if at < period.end - SECOND:
+                    continue  # later there will be room: it stays open
+                parked = "no_second_left"
             stream.said, stream.last = stream.value, at
-        parts.append(Part(total, total.seal, total.seal, stream.value, at, total.unsealed_events, says_something=new))
+        parts.append(Part(total, total.seal, total.seal, stream.value, at, total.unsealed_events, new, parked=parked))
     return parts
 
 

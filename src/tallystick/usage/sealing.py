@@ -358,6 +358,8 @@ def _write_delivery(installation: str, part: Part, route: Route, now: datetime) 
     state, reason = "pending", None
     if part.at < now - STRIPE_MAX_AGE:
         state, reason = "parked", "older_than_35_days"
+    elif part.parked is not None:
+        state, reason = "parked", part.parked
     elif not part.says_something:
         state, reason = "voided", "superseded"
     return _Delivery(
