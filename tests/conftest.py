@@ -159,6 +159,8 @@ TABLES = [
     "usage_conflicts",
     "usage_retired",
     "usage_thresholds",
+    "usage_threshold_looks",
+    "usage_threshold_meters",
     "usage_drifts",
     "usage_checks",
     "meter_error_reports",

@@ -122,3 +122,23 @@ async def test_open_events_of_a_count_meter_stay_open_and_sealed_ones_stay_seale
             ("calls3", False, True),
         ]
         assert (await connection.execute(text("SELECT max(seal) FROM usage_events"))).scalar_one() == 1_000_000_000
+
+
+DELIVERIES = text("""
+    INSERT INTO usage_deliveries (total_id, opened_seal, seal, customer, event_name, identifier, payload, value,
+                                  timestamp, state, created_at)
+    SELECT t.id, n, n, 'cus_acme', t.meter, s.state, '{}', 1, 0, s.state, :hour
+      FROM usage_totals t, unnest(ARRAY['pending', 'parked', 'voided']) WITH ORDINALITY AS s(state, n)
+     WHERE t.meter = 'bytes'
+""")
+
+
+async def test_what_the_seal_parked_or_voided_was_settled_when_it_was_written(empty_database: AsyncEngine) -> None:
+    async with empty_database.begin() as connection:
+        await connection.run_sync(upgrade, "0013")
+        await connection.execute(TOTALS, {"hour": HOUR, "end": HOUR.replace(hour=10)})
+        await connection.execute(DELIVERIES, {"hour": HOUR})
+    async with empty_database.begin() as connection:
+        await connection.run_sync(upgrade, "head")
+        settled = text("SELECT state, settled_at FROM usage_deliveries ORDER BY id")
+        assert (await connection.execute(settled)).all() == [("pending", None), ("parked", HOUR), ("voided", HOUR)]

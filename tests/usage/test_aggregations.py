@@ -9,6 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -16,10 +17,12 @@ from sqlalchemy.exc import IntegrityError
 
 from tallystick import db
 from tallystick.resources import Resources
-from tallystick.rules import RulesFile
+from tallystick.rules import Rules, RulesFile
 from tallystick.usage import parts
+from tallystick.usage.corrections import Wanted, record_correction
 from tallystick.usage.events import UsageEvent
 from tallystick.usage.ledger import record_events
+from tallystick.usage.parked import resend
 from tallystick.usage.sealing import seal_due, seal_everything
 from tests.conftest import empty_stores
 from tests.usage.making import (
@@ -350,12 +353,36 @@ async def test_a_running_value_never_leaves_its_period(ruled: Resources) -> None
     for value in ("1", "2", "3", "4"):
         await record(ruled, make_event(value, at=start, value=value, meter="max"))
         await seal_everything(ruled, datetime.now(UTC))
-    assert [row[:2] for row in await read_all(ruled, DELIVERIES)] == [
-        (1, unix(start)),
-        (2, unix(start) + 1),
-        (3, unix(start) + 1),
-        (4, unix(start) + 1),
+    # Of two values at one second Stripe could not tell which is the later one.
+    assert [(value, at, state) for value, at, _, state in await read_all(ruled, DELIVERIES)] == [
+        (1, unix(start), "pending"),
+        (2, unix(start) + 1, "pending"),
+        (3, unix(start) + 1, "parked"),
+        (4, unix(start) + 1, "parked"),
     ]
+    assert await read_all(ruled, "SELECT DISTINCT reason FROM usage_deliveries WHERE state = 'parked'") == [
+        ("no_second_left",)
+    ]
+    ((identifier,),) = await read_all(ruled, "SELECT identifier FROM usage_deliveries WHERE value = 3")
+    now = datetime.now(UTC)
+    async with db.transaction(ruled.engine) as connection:
+        (decision,) = await resend(connection, [str(identifier)], ruled.rules.rules, now, by="a test", carried=True)
+    assert decision.refused == "no_second_left"
+    assert (await conservation(ruled)).events_by_state["parked"] == 2
+
+
+async def test_a_running_value_that_would_be_too_far_ahead_stays_open_until_there_is_room(ruled: Resources) -> None:
+    await make_meters(ruled)
+    await make_customer(ruled)
+    now = last_hour()
+    await record(ruled, make_event("a", at=now, value="5", meter="max"))
+    await seal_everything(ruled, now)
+    ahead = unix(now) + 150
+    await run(ruled, "UPDATE usage_deliveries SET timestamp = :ahead", ahead=ahead)
+    await record(ruled, make_event("b", at=now, value="8", meter="max"))
+    assert await seal_everything(ruled, now) == 0
+    assert await seal_everything(ruled, now + timedelta(seconds=1)) == 1
+    assert [row[:2] for row in await read_all(ruled, DELIVERIES)] == [(5, ahead), (8, ahead + 1)]
 
 
 async def test_running_values_are_said_by_one_worker_after_the_other(ruled: Resources) -> None:
@@ -388,6 +415,31 @@ async def test_unique_values_are_counted_over_all_references_and_buckets_of_the_
     assert await read_all(ruled, "SELECT quantity FROM usage_totals ORDER BY bucket_start") == [(1,)] * 5
 
 
+@pytest.mark.parametrize(("meter", "running"), [("max", [5, 3]), ("unique_count", [2, 1])])
+async def test_a_running_value_has_nothing_of_what_another_customer_was_told(
+    ruled: Resources, client: httpx.AsyncClient, meter: str, running: list[int]
+) -> None:
+    await make_meters(ruled)
+    await make_customer(ruled)
+    await make_customer(ruled, ref="other", customer="cus_other")
+    users = {"old": "ann", "old too": "bob", "new": "eve"}
+    used = {
+        id: make_event(id, at=last_hour() - timedelta(hours=n), value=value, meter=meter, properties=(("user", user),))
+        for n, ((id, user), value) in enumerate(zip(users.items(), ("5", "4", "3"), strict=True))
+    }
+    await record(ruled, used["old"], used["old too"])
+    await seal_everything(ruled, datetime.now(UTC))
+    await run(ruled, "INSERT INTO customer_links (ref, customer) VALUES (:ref, 'cus_other')", ref=REF)
+    await record(ruled, used["new"])
+    await seal_everything(ruled, datetime.now(UTC))
+    told = "SELECT customer, value FROM usage_deliveries WHERE state = 'pending' ORDER BY id"
+    assert await read_all(ruled, told) == [(CUSTOMER, running[0]), ("cus_other", running[1])]
+    # As docs/reading.md says: shown is what was used under the name, whoever was billed.
+    asked = {"customer": "cus_other", "meter": meter, "from": (last_hour(0) - timedelta(hours=3)).isoformat()}
+    shown = (await client.get("/v1/usage", params=asked | {"window": "billing_period"})).json()["data"]
+    assert sum(row["events"] for row in shown) == 3
+
+
 async def test_a_total_keeps_the_aggregation_that_it_was_opened_with(ruled: Resources, resources: Resources) -> None:
     await make_meters(ruled)
     await make_customer(ruled)
@@ -399,6 +451,31 @@ async def test_a_total_keeps_the_aggregation_that_it_was_opened_with(ruled: Reso
         ("last", 4),
         ("max", 4),
     ]
+
+
+async def test_a_total_counts_the_property_that_it_was_opened_with(ruled: Resources) -> None:
+    await make_meters(ruled)
+    await make_customer(ruled)
+    at = last_hour(20)
+
+    def used(id: str, user: str, team: str, at: datetime = at) -> UsageEvent:
+        return make_event(id, at=at, meter="unique_count", properties=(("team", team), ("user", user)))
+
+    await record(ruled, used("a", "ann", "red"), used("b", "bob", "red"), used("c", "eve", "red"))
+    other = {"meters": {"unique_count": {"aggregation": "unique_count", "property": "team", "properties": ["user"]}}}
+    ruled.rules.rules = Rules.model_validate(other)
+    await record(ruled, used("d", "ann", "blue"), used("e", "joe", "red", at + timedelta(minutes=20)))
+    await record(ruled, *(used(f"next {user}", user, "red", at - timedelta(hours=1)) for user in ("ann", "bob")))
+    quantities = "SELECT quantity FROM usage_totals ORDER BY bucket_start"
+    assert await read_all(ruled, quantities) == [(1,), (4,)], "teams in the new hour, users in the one that ran"
+    correction = Wanted("tests", "fix", "b", None, "void", None, "a test")
+    async with db.transaction(ruled.engine) as connection:
+        await record_correction(connection, correction, ruled.rules.rules, datetime.now(UTC))
+    assert await read_all(ruled, quantities) == [(1,), (3,)]
+    await make_boundaries(ruled, at + timedelta(minutes=10))
+    ruled.rules.rules = Rules()
+    await seal_everything(ruled, datetime.now(UTC))
+    assert await read_all(ruled, quantities) == [(1,), (2,), (1,)]
 
 
 async def test_a_delivery_names_its_sender(ruled: Resources) -> None:

@@ -180,6 +180,26 @@ async def test_an_id_that_was_used_on_two_days_needs_the_day(client: httpx.Async
     assert problem(await correct(client, "c2", day="2020-01-01")) == (404, "unknown-usage-event")
 
 
+async def test_a_wrong_day_is_answered_with_the_right_one(client: httpx.AsyncClient, resources: Resources) -> None:
+    await make_meter(resources)
+    await client.post("/v1/usage", json={"id": "e1", "customer": "acme", "meter": METER})
+    answer = await correct(client, day="2026-01-01")
+    assert problem(answer) == (404, "unknown-usage-event")
+    assert "retry-after" not in answer.headers
+    ((day,),) = await read_all(resources, "SELECT day FROM usage_events")
+    assert str(day) in answer.json()["detail"]
+    assert (await correct(client, day=str(day))).status_code == 200
+
+
+async def test_a_member_that_is_given_twice_is_refused(client: httpx.AsyncClient, resources: Resources) -> None:
+    await prepare(resources, make_event())
+    body = '{"id": "c1", "event_id": "e1", "action": "void", "reason": "a test", "i\\u0064": "c2"}'
+    answer = await client.post("/v1/usage/corrections", content=body, headers={"content-type": "application/json"})
+    assert problem(answer) == (422, "invalid-request")
+    assert answer.json()["detail"] == "The field 'id' is given twice."
+    assert await read_all(resources, ROWS) == []
+
+
 async def test_an_event_that_still_waits_in_redis_is_recorded_first(
     client: httpx.AsyncClient, resources: Resources
 ) -> None:
@@ -335,6 +355,61 @@ async def test_usage_on_a_final_invoice_is_left_to_an_operator(
     assert isinstance(data, dict)
     assert (customer, data["delta"], data["event"], data["meter"]) == (CUSTOMER, "-6", "e1", METER)
     assert problem(await correct(client, "c2")) == (409, "correction-open")
+
+
+async def move_reference(resources: Resources) -> None:
+    """The reference of all usage so far means another customer from now on."""
+    await make_customer(resources, ref="other", customer="cus_other")
+    await run(resources, "INSERT INTO customer_links (ref, customer) VALUES ('acme', 'cus_other')")
+
+
+async def test_usage_that_another_customer_was_billed_is_left_to_an_operator(
+    client: httpx.AsyncClient, resources: Resources
+) -> None:
+    await prepare(resources, make_event(at=last_hour(), value="10"), make_event("e2", at=last_hour(), value="1"))
+    await seal_everything(resources, datetime.now(UTC))
+    await record(resources, make_event("open", at=last_hour(), value="2"))
+    await move_reference(resources)
+    answer = (await adjust(client, "c1", "4")).json()
+    assert (answer["method"], answer["why"], answer["invoice"]) == ("propose", "moved", None)
+    told = "SELECT customer FROM notifications WHERE type = 'usage.correction_proposed'"
+    assert await read_all(resources, told) == [(CUSTOMER,)]
+    await close_period(resources, finalized=True)
+    answer = (await correct(client, "c2", "e2")).json()
+    assert (answer["why"], answer["invoice"]) == ("invoice_final", "in_1"), "the invoice of who was billed"
+    answer = (await correct(client, "c3", "open")).json()
+    assert answer["method"] == "compensate", "both are the present customer's"
+    await seal_everything(resources, datetime.now(UTC))
+    assert await read_all(resources, "SELECT customer, value FROM usage_deliveries ORDER BY id") == [
+        (CUSTOMER, Decimal(11)),
+        ("cus_other", Decimal(0)),
+    ]
+    await conservation(resources)
+
+
+async def test_what_was_sent_by_itself_is_cancelled_for_the_customer_who_was_billed(
+    client: httpx.AsyncClient, resources: Resources, fake_stripe: FakeStripe
+) -> None:
+    await make_deliveries(resources, fake_stripe, "5")
+    await deliver_all(resources, datetime.now(UTC))
+    await move_reference(resources)
+    assert (await correct(client, event_id="e0")).json()["method"] == "cancel"
+    await cancel(resources)
+    assert await read_all(resources, ROWS) == [("c1", "cancel", "done", None)]
+    assert await cancelled_at_stripe(fake_stripe) == [True]
+
+
+async def test_what_stripe_refuses_to_cancel_is_not_compensated_for_another_customer(
+    client: httpx.AsyncClient, resources: Resources, fake_stripe: FakeStripe
+) -> None:
+    await make_deliveries(resources, fake_stripe, "5")
+    await deliver_all(resources, datetime.now(UTC))
+    await move_reference(resources)
+    await correct(client, event_id="e0")
+    (await fake_stripe.control.post("/_fake/clock", json={"advance_seconds": 25 * 3600})).raise_for_status()
+    await cancel(resources)
+    assert await read_all(resources, ROWS) == [("c1", "propose", "proposed", "moved")]
+    assert await read_all(resources, QUANTITY) == [(5,)]
 
 
 async def test_a_refused_proposal_changes_nothing_and_the_event_can_be_corrected_again(

@@ -13,10 +13,12 @@ from tallystick import cli, db
 from tallystick.resources import Resources
 from tallystick.usage.delivery import deliver, deliver_all
 from tallystick.usage.error_reports import fetch_error_reports, find_error_reports
+from tallystick.usage.ledger import record_events
 from tallystick.usage.parked import ALTERNATIVES, Decision, explain, list_parked, resend, void
 from tallystick.usage.parking import PARKED
+from tallystick.usage.sealing import seal_due
 from tests.conftest import FakeStripe
-from tests.usage.making import METER, conservation, read_all, run
+from tests.usage.making import METER, conservation, make_customer, make_event, make_meter, read_all, run
 from tests.usage.test_delivery import make_deliveries, misbehave, taken_by_stripe
 from tests.usage.test_error_reports import make_unbillable, report
 from tests.usage.test_late import make_closed
@@ -205,6 +207,20 @@ async def test_parked_usage_over_http(
     assert (await anonymous.post(f"/v1/usage/parked/{third}/resend")).status_code == 401
     reasons = await read_all(resources, "SELECT reason FROM usage_deliveries WHERE state = 'voided'")
     assert re.fullmatch(r"voided by key [0-9a-f]{12}: a goodwill gesture", str(reasons[0][0]))
+
+
+async def test_what_the_seal_itself_parked_is_listed(client: httpx.AsyncClient, resources: Resources) -> None:
+    now = datetime.now(UTC)
+    await make_customer(resources)
+    await make_meter(resources)
+    async with db.transaction(resources.engine) as connection:
+        await record_events(connection, [make_event(at=now - timedelta(days=34))], accepted_already=True)
+    sealed_at = now + timedelta(days=2)
+    assert await seal_due(resources, sealed_at) == 1
+    answer = await client.get("/v1/usage/parked")
+    assert answer.status_code == 200, answer.text
+    (row,) = answer.json()["data"]
+    assert (row["reason"], datetime.fromisoformat(row["since"])) == ("older_than_35_days", sealed_at)
 
 
 async def test_only_an_operator_may_decide(client: httpx.AsyncClient, resources: Resources) -> None:

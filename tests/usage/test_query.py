@@ -9,6 +9,7 @@ from zoneinfo import ZoneInfo
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
@@ -22,7 +23,7 @@ from tallystick.usage.ledger import record_events
 from tallystick.usage.query import ADD_UP, Question, add_up_usage
 from tallystick.usage.windows import list_starts
 from tests.conftest import empty_stores
-from tests.usage.making import CUSTOMER, REF, make_customer, make_event, make_meter, make_period
+from tests.usage.making import CUSTOMER, REF, make_customer, make_event, make_meter, make_period, run
 
 FROM = datetime(2026, 10, 20, tzinfo=UTC)  # Berlin's clock goes back on the 25th, New York's on November 1st
 TO = FROM + timedelta(days=20)
@@ -247,6 +248,51 @@ async def test_the_present_period_is_asked_for_without_its_dates(
     answer = await client.get("/v1/usage", params={"customer": REF, "window": "billing_period"})
     (row,) = answer.json()["data"]
     assert (row["quantity"], row["subscribed"], datetime.fromisoformat(row["start"])) == ("2.5", True, began)
+
+
+async def ask_for_the_present_period(client: httpx.AsyncClient, **more: str) -> list[tuple[str, str, datetime]]:
+    answer = await client.get("/v1/usage", params={"customer": REF, "window": "billing_period"} | more)
+    assert answer.status_code == 200, answer.text
+    return [(row["meter"], row["quantity"], datetime.fromisoformat(row["start"])) for row in answer.json()["data"]]
+
+
+async def test_of_several_present_periods_none_is_shown_in_part(
+    client: httpx.AsyncClient, app: FastAPI, resources: Resources
+) -> None:
+    now = datetime.now(UTC).replace(microsecond=0)
+    began = {"a": now - timedelta(days=20, seconds=3), "b": now - timedelta(days=2), "c": now - timedelta(days=9)}
+    await make_customer(resources, boundaries=tuple(began.values()))
+    for meter in ("a", "b"):
+        await make_meter(resources, meter)
+        await make_period(resources, began[meter], began[meter] + timedelta(days=30), meter=meter)
+        await run(resources, "UPDATE billing_periods SET item = price")
+    # Usage records have no meter at Stripe; the year of a flat fee bills no usage.
+    await run(resources, "INSERT INTO prices (id) VALUES ('price_c'), ('price_flat')")
+    for price, start, days in (("price_c", began["c"], 30), ("price_flat", now - timedelta(days=300), 365)):
+        await run(
+            resources,
+            "INSERT INTO billing_periods (item, price, period_start, period_end, subscription, customer)"
+            " VALUES (:price, :price, :start, :end, 'sub_cus_acme', 'cus_acme')",
+            price=price, start=start, end=start + timedelta(days=days),
+        )  # fmt: skip
+    rules = Rules.model_validate({"meters": {"c": {"sender": "usage_records", "price": "price_c"}}})
+    app.state.resources.rules.rules = rules
+    events = [make_event(meter, at=start, value="2.5", meter=meter) for meter, start in began.items()]
+    async with db.transaction(resources.engine) as connection:
+        await record_events(connection, events, accepted_already=True, rules=rules.meters)
+    shown = [(meter, "2.5", start) for meter, start in began.items()]
+    for used in shown:
+        assert await ask_for_the_present_period(client, meter=used[0]) == [used]
+    assert sorted(await ask_for_the_present_period(client)) == shown
+
+
+async def test_a_period_that_has_ended_is_not_the_present_one(client: httpx.AsyncClient, resources: Resources) -> None:
+    now = datetime.now(UTC)
+    await make_customer(resources)
+    await make_meter(resources)
+    await make_period(resources, now - timedelta(days=400), now - timedelta(days=370))
+    answer = (await client.get("/v1/usage", params={"customer": REF, "window": "billing_period"})).json()
+    assert datetime.fromisoformat(answer["from"]) == now.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
 
 
 async def test_a_year_of_hours_among_ten_thousand_customers_is_found_by_index(resources: Resources) -> None:

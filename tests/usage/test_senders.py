@@ -14,7 +14,9 @@ from tallystick.resources import Resources
 from tallystick.rules import RulesFile
 from tallystick.stripe_gateway import MeterEventSession
 from tallystick.usage.delivery import deliver, deliver_all
+from tallystick.usage.error_reports import fetch_error_reports, find_error_reports
 from tallystick.usage.ledger import record_events
+from tallystick.usage.parked import resend
 from tallystick.usage.sealing import seal_everything
 from tests.conftest import FakeStripe
 from tests.usage.making import METER, conservation, last_hour, make_customer, make_event, read_all, run
@@ -72,6 +74,22 @@ async def test_a_session_that_ended_before_its_time_is_renewed_once(
     await deliver_all(resources, datetime.now(UTC))
     assert await read_all(resources, STATES) == [("sent", 1)]
     assert [request["status"] for request in await requests_to(fake_stripe, STREAM)] == [401, 200]
+
+
+async def test_a_report_parks_what_was_said_again_with_a_new_session(
+    resources: Resources, fake_stripe: FakeStripe
+) -> None:
+    customer = await make_deliveries(resources, fake_stripe, "1")
+    await run(resources, "UPDATE usage_deliveries SET sender = 'meter_event_stream'")
+    await fake_stripe.client.v1.customers.delete_async(customer)
+    resources.meter_event_session.token = "ended"
+    resources.meter_event_session.expires_at = datetime.now(UTC) + timedelta(minutes=10)
+    await deliver_all(resources, datetime.now(UTC))
+    assert [request["status"] for request in await requests_to(fake_stripe, STREAM)] == [401, 200]
+    (await fake_stripe.control.post("/_fake/clock", json={"advance_seconds": 60})).raise_for_status()
+    await find_error_reports(resources, datetime.now(UTC))
+    await fetch_error_reports(resources, datetime.now(UTC))
+    assert await read_all(resources, STATES) == [("parked", 1)]
 
 
 async def test_without_a_session_the_deliveries_wait(resources: Resources, fake_stripe: FakeStripe) -> None:
@@ -211,6 +229,35 @@ async def test_a_usage_record_without_an_item_or_of_a_part_is_parked_by_name(
         (Decimal("0.5"), "parked", "not_a_whole_number"),
         (Decimal(5), "parked", "no_subscription_item"),
     ]
+
+
+async def test_a_usage_record_that_is_refused_after_a_try_without_an_answer_can_be_said_again(
+    resources: Resources, fake_stripe: FakeStripe, tmp_path: Path
+) -> None:
+    recording, item = await make_recorded(resources, fake_stripe, tmp_path, "5")
+    await misbehave(fake_stripe, "timeout_after", path="/v1/subscription_items/*", seconds=0)
+    await deliver(recording, datetime.now(UTC))
+    await run(resources, "UPDATE billing_periods SET customer = 'cus_gone'")
+    await deliver_all(recording, datetime.now(UTC) + timedelta(seconds=5))
+    ((identifier, *parked),) = await read_all(resources, "SELECT identifier, state, reason FROM usage_deliveries")
+    assert parked == ["parked", "no_subscription_item"]
+    rules = recording.rules.current(datetime.now(UTC))
+    # In another period it would be billed beside what the first try may have set.
+    await run(resources, "UPDATE usage_deliveries SET timestamp = 0")
+    async with db.transaction(resources.engine) as connection:
+        (decision,) = await resend(connection, [str(identifier)], rules, datetime.now(UTC), by="a test", carried=True)
+        assert decision.refused == "cannot_be_carried"
+    await run(
+        resources,
+        "UPDATE usage_deliveries d SET timestamp = extract(epoch FROM p.period_start)  FROM billing_periods p",
+    )
+    async with db.transaction(resources.engine) as connection:
+        (decision,) = await resend(connection, [str(identifier)], rules, datetime.now(UTC), by="a test", carried=False)
+        assert decision.refused is None
+    await run(resources, "UPDATE billing_periods SET customer = s.customer FROM subscriptions s")
+    await deliver_all(recording, datetime.now(UTC))
+    assert await read_all(resources, STATES) == [("sent", 1)]
+    assert await recorded_by_stripe(fake_stripe, item) == 5
 
 
 async def test_a_usage_record_of_a_period_that_is_over_is_parked_by_name(

@@ -3,10 +3,13 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
 import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from tallystick import db
 from tallystick.resources import Resources
 from tallystick.rules import Rules
+from tallystick.usage import thresholds
 from tallystick.usage.events import UsageEvent
 from tallystick.usage.ledger import record_events
 from tallystick.usage.sealing import seal_everything
@@ -76,6 +79,50 @@ async def test_late_usage_counts_in_the_period_that_it_belongs_to(prepared: Reso
 async def test_what_was_sealed_between_two_runs_is_seen(prepared: Resources) -> None:
     await record(prepared, make_event(value="12"))
     await seal_everything(prepared, datetime.now(UTC))
+    assert await told(prepared) == [("10", "12")]
+
+
+async def test_what_was_sealed_while_nobody_looked_is_seen_when_somebody_does(prepared: Resources) -> None:
+    await record(prepared, make_event("a", value="8"))
+    assert await told(prepared) == []
+    await record(prepared, make_event("b", value="4"))
+    await seal_everything(prepared, datetime.now(UTC) - timedelta(hours=9))
+    assert await told(prepared) == [("10", "12")]
+    assert await read_all(prepared, "SELECT count(*) FROM usage_threshold_looks") == [(0,)]
+
+
+async def test_a_threshold_that_is_declared_in_mid_period_is_told_if_it_was_reached(prepared: Resources) -> None:
+    before, without = prepared.rules.rules, Rules.model_validate({"meters": {METER: {}}})
+    prepared.rules.rules = without
+    await make_customer(prepared, ref="other", customer="cus_other")
+    used = [make_event(), make_event("old", at=START - timedelta(hours=1)), make_event("b", customer_ref="other")]
+    await record(prepared, *(event._replace(value=Decimal(12)) for event in used))
+    await seal_everything(prepared, datetime.now(UTC))
+    assert await told(prepared) == []
+    prepared.rules.rules = before
+    assert await told(prepared) == [("10", "12")] * 2, "of the periods that run"
+    prepared.rules.rules = Rules.model_validate({"meters": {METER: {"thresholds": ["10", "11"]}}})
+    assert await told(prepared) == [("10", "12")] * 2 + [("11", "12")] * 2
+    # Taken away and declared again: what was sealed meanwhile counts.
+    prepared.rules.rules = without
+    assert await told(prepared) == [("10", "12")] * 2 + [("11", "12")] * 2
+    await record(prepared, make_event("more", value="9"))
+    await seal_everything(prepared, datetime.now(UTC))
+    assert await read_all(prepared, "SELECT count(*) FROM usage_threshold_looks") == [(0,)]
+    prepared.rules.rules = before
+    assert (await told(prepared))[4:] == [("20.5", "21")]
+
+
+async def test_a_run_that_fails_leaves_what_it_would_have_looked_at(
+    prepared: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await told(prepared)
+    await record(prepared, make_event(value="12"))
+    await seal_everything(prepared, datetime.now(UTC))
+    with monkeypatch.context() as broken:
+        broken.setattr(thresholds, "NOTE_REACHED", text("SELECT 1 / 0"))
+        with pytest.raises(DBAPIError):
+            await told(prepared)
     assert await told(prepared) == [("10", "12")]
 
 

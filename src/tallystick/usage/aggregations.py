@@ -28,9 +28,16 @@ NO_RULES = MeterRules()
 COUNTED_OPEN_SEAL = 1_000_000_000
 FIRST_SEAL = f"CASE {{aggregation}} WHEN 'count' THEN {COUNTED_OPEN_SEAL} ELSE 1 END"
 
+# Which property's values a total counts: its own, or what the rules say now of one that was opened before it had one.
+COUNTED_IN = """
+    SELECT t.id AS total_id, coalesce(t.property, r.property) AS property
+      FROM json_to_recordset(CAST(:uniques AS json)) AS r(total_id bigint, property text)
+      JOIN usage_totals t ON t.id = r.total_id AND t.aggregation = 'unique_count'
+"""
+
 # Events of any kind, and what the new ones among them add to their totals, which are locked. Of a counted value 16
 # bytes of a hash are kept: among 10⁹ values, two share them with a chance of 10⁻²⁰.
-RECORD_ANY = text("""
+RECORD_ANY = text(f"""
     WITH inserted AS (
         INSERT INTO usage_events
                (source, id, day, customer_ref, meter, value, timestamp, stamped, received_at, total_id, seal,
@@ -47,8 +54,7 @@ RECORD_ANY = text("""
     ), counted AS (
         INSERT INTO usage_uniques (total_id, digest)
         SELECT DISTINCT total_id, substring(sha256(convert_to(i.properties ->> u.property, 'UTF8')) FROM 1 FOR 16)
-          FROM inserted i
-          JOIN json_to_recordset(CAST(:uniques AS json)) AS u(total_id bigint, property text) USING (total_id)
+          FROM inserted i JOIN ({COUNTED_IN}) u USING (total_id)
          WHERE i.properties ? u.property
         ON CONFLICT DO NOTHING
         RETURNING total_id
@@ -86,19 +92,18 @@ RECORD_ANY = text("""
           FROM compared p WHERE t.id = p.total_id
     )
     SELECT source, id FROM inserted
-""")
+""")  # noqa: S608  a constant
 
 # Computed anew from their events; those below seal 1 were voided (usage/corrections.py) and count no more.
 FORGET_UNIQUES = text("DELETE FROM usage_uniques WHERE total_id = ANY(:totals)")
 FORGET_GROUPS = text("DELETE FROM usage_group_totals WHERE total_id = ANY(:totals)")
 
-COUNT_UNIQUES = text("""
+COUNT_UNIQUES = text(f"""
     INSERT INTO usage_uniques (total_id, digest)
     SELECT DISTINCT e.total_id, substring(sha256(convert_to(e.properties ->> u.property, 'UTF8')) FROM 1 FOR 16)
-      FROM usage_events e
-      JOIN json_to_recordset(CAST(:uniques AS json)) AS u(total_id bigint, property text) USING (total_id)
+      FROM usage_events e JOIN ({COUNTED_IN}) u USING (total_id)
      WHERE e.properties ? u.property AND e.total_id = ANY(:totals) AND e.seal > 0
-""")
+""")  # noqa: S608  a constant
 
 ADD_UP_GROUPS = text("""
     INSERT INTO usage_group_totals (total_id, property, value, quantity, events)
@@ -133,9 +138,10 @@ COMPUTE = text("""
 
 
 def list_uniques(totals: Mapping[int, str], rules: Mapping[str, MeterRules]) -> str:
-    """Which property's values are counted in which total, for the statements here; `totals` maps ids to meters."""
-    named = {total_id: rules[meter].property for total_id, meter in totals.items() if meter in rules}
-    return json.dumps([{"total_id": total_id, "property": name} for total_id, name in named.items() if name])
+    """What the rules have counted in each total, for the statements here; `totals` maps ids to meters."""
+    return json.dumps(
+        [{"total_id": id, "property": rules.get(meter, NO_RULES).property} for id, meter in totals.items()]
+    )
 
 
 async def compute_totals(

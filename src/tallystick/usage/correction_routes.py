@@ -17,6 +17,7 @@ from tallystick.resources import Resources
 from tallystick.usage.corrections import Action, Method, State, Wanted, Why, record_correction
 from tallystick.usage.drain import drain
 from tallystick.usage.events import BadEvent, plain, read_value
+from tallystick.usage.formats import refuse_repeated_names
 from tallystick.usage.trace import waits_in_buffer
 
 router = APIRouter(dependencies=[bearer], tags=["usage"])
@@ -37,6 +38,9 @@ LIST_CORRECTIONS = text("""
                                           WHERE b.source = :source AND b.id = :before))
      ORDER BY c.requested_at DESC, c.id DESC LIMIT :limit
 """)
+
+
+FIND_DAYS = text("SELECT day FROM usage_events WHERE source = :source AND id = :id ORDER BY day")
 
 
 class CorrectionRequest(BaseModel):
@@ -98,6 +102,7 @@ async def correct_usage(
     The answer says how: `cancel` and `compensate` need nobody, `propose` waits for an operator. Safe to repeat: the
     same `id` and body are answered with the correction as it is by then.
     """
+    refuse_repeated_names(await request.body())
     now = datetime.now(UTC)
     resources: Resources = request.app.state.resources
     wanted = Wanted(key.source, body.id, body.event_id, body.day, body.action, _read_value(body), body.reason)
@@ -115,6 +120,11 @@ async def correct_usage(
         try:
             return await _record(resources, wanted, now)
         except NotFound:
+            if days := await _find_days(resources, key.source, body.event_id):
+                raise NotFound(
+                    f"The event {body.event_id!a} is not of this day (UTC), but of: {', '.join(days)}.",
+                    type="unknown-usage-event",
+                ) from unknown
             raise NotFound(
                 f"The event {body.event_id!a} was accepted and is not in the ledger yet; that takes a second.",
                 type="not-recorded-yet",
@@ -148,6 +158,12 @@ async def list_corrections(
     async with db.transaction(resources.engine) as connection:
         rows = (await connection.execute(LIST_CORRECTIONS, asked)).all()
     return Corrections(data=[show_correction(row) for row in rows[:limit]], has_more=len(rows) > limit)
+
+
+async def _find_days(resources: Resources, source: str, id: str) -> list[str]:
+    async with db.transaction(resources.engine) as connection:
+        found = await connection.scalars(FIND_DAYS, {"source": source, "id": id})
+        return [day.isoformat() for day in found]
 
 
 async def _record(resources: Resources, wanted: Wanted, now: datetime) -> Correction:

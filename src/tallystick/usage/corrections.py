@@ -5,7 +5,8 @@ Which way is open is decided in one transaction, with the event's total locked:
     cancel       the event went to Stripe by itself, less than a day ago: Stripe is asked to cancel the meter event
                  (usage/cancellations.py), and the delivery becomes `voided`. Where a meter has no negative usage, an
                  event that Stripe was not told of becomes a voided delivery at once.
-    compensate   the meter is a sum and no final invoice covers the event: a second event outweighs it
+    compensate   the meter is a sum, no final invoice covers the event, and its reference means the same customer as
+                 when it was sealed: a second event outweighs it
     propose      anything else: an operator is told, and settles or refuses it (usage/correction_commands.py)
 
 A correction has its own id, so a repeat is recognised, and two corrections of one event come one after the other.
@@ -34,7 +35,7 @@ Action = Literal["void", "adjust"]
 Method = Literal["cancel", "compensate", "propose"]
 State = Literal["pending", "done", "proposed", "settled", "refused"]
 Why = Literal[
-    "invoice_final", "too_old", "not_sent", "does_not_add_up", "cancellation_refused", "cancellation_not_known"
+    "invoice_final", "too_old", "not_sent", "moved", "does_not_add_up", "cancellation_refused", "cancellation_not_known"
 ]
 
 # Stripe cancels a meter event within 24 hours of its receipt, which is not before its delivery was written down. The
@@ -48,9 +49,12 @@ LOCK_ID = text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
 
 FIND_CORRECTION = text("SELECT * FROM usage_corrections WHERE source = :source AND id = :id")
 
+# `billed`: who was told of the event's part at Stripe, whoever the reference means since.
 FIND_EVENTS = text("""
     SELECT e.source, e.id, e.day, e.customer_ref, e.meter, e.value, e.timestamp, e.seal, e.properties, e.total_id,
-           t.bucket_start, t.aggregation, t.seal AS open_seal, t.sealed_events, r.customer
+           t.bucket_start, t.aggregation, t.seal AS open_seal, t.sealed_events, r.customer,
+           coalesce((SELECT d.customer FROM usage_deliveries d
+                      WHERE d.total_id = e.total_id AND d.opened_seal = e.seal LIMIT 1), r.customer) AS billed
       FROM usage_events e
       JOIN usage_totals t ON t.id = e.total_id
       LEFT JOIN customer_references r ON r.ref = e.customer_ref
@@ -269,6 +273,8 @@ async def choose_way(connection: AsyncConnection, event: Any, rules: Rules, now:
         and deliveries[0].created_at > now - CANCEL_WITHIN
     ):
         return Way("cancel", "pending", delivery=deliveries[0].id)
+    if event.billed != event.customer:
+        return Way("propose", "proposed", "moved")  # a second event would be the present customer's
     if event.aggregation == "sum":
         return Way("compensate", "done")
     # Nothing of the others can be negative; while nobody was told, the event is left out.
@@ -281,7 +287,7 @@ async def find_final_invoice(connection: AsyncConnection, event: Any, rules: Rul
     """The final invoice that covers the event's bucket, unless a draft covers it too."""
     meter = rules.meters.get(event.meter)
     asked = {
-        "customer": event.customer,
+        "customer": event.billed,
         "event_name": event.meter,
         "price": meter.price if meter else None,
         "at": event.bucket_start,
@@ -314,7 +320,7 @@ async def carry_out(
             [
                 Notification(
                     "usage.correction_proposed",
-                    event.customer or event.customer_ref,
+                    event.billed or event.customer_ref,
                     {
                         "correction": correction.id,
                         "source": event.source,

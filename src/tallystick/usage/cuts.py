@@ -21,8 +21,8 @@ FIND_CUTS = text("""
 """)
 
 OPEN_CUT = text(f"""
-    INSERT INTO usage_totals AS t (customer_ref, meter, bucket_start, bucket_end, aggregation, seal)
-    SELECT customer_ref, meter, :at, bucket_end, aggregation, {FIRST_SEAL.format(aggregation="aggregation")}
+    INSERT INTO usage_totals AS t (customer_ref, meter, bucket_start, bucket_end, aggregation, seal, property)
+    SELECT customer_ref, meter, :at, bucket_end, aggregation, {FIRST_SEAL.format(aggregation="aggregation")}, property
       FROM usage_totals WHERE id = :total
     ON CONFLICT (customer_ref, meter, bucket_start) DO UPDATE SET bucket_end = t.bucket_end
     RETURNING id, seal

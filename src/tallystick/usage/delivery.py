@@ -361,8 +361,9 @@ def _settle_one(delivery: Claimed, outcome: Outcome, at: datetime, settled_at: d
         unknown_since = None
     elif state == "retry":
         next_attempt_at += backoff(delivery.message.attempt)
-    elif unknown_since is not None:
-        # That this try was refused says nothing about an earlier one; Stripe's summaries will.
+    elif unknown_since is not None and delivery.record is None:
+        # That this try was refused says nothing about an earlier one; Stripe's summaries will. Of usage records there
+        # are none, and saying one again is harmless whether or not an earlier try was taken.
         reason = "outcome_unknown"
     return _Settled(
         delivery.id,

@@ -124,6 +124,12 @@ def _parse_json(raw: bytes) -> Any:
         ) from error
 
 
+def refuse_repeated_names(raw: bytes) -> None:
+    """Raise `InvalidRequest` for a JSON object that gives a member twice, of which a parser keeps only the last."""
+    if isinstance(document := _parse_json(raw), Unreadable):
+        raise InvalidRequest(document.message)
+
+
 def _parse_lines(raw: bytes) -> list[Any]:
     """NDJSON: a value a line, of which an unreadable one costs only itself. Lines without content are not counted."""
     lines = [line for line in raw.split(b"\n") if line.strip()]

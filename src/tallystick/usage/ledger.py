@@ -31,13 +31,14 @@ STAMP = text("""
 """)
 
 # A total for each customer, meter and bucket that has none yet. The aggregation is what the rules, or Stripe's meter,
-# say now; it stays what it was when the total was opened.
+# say now; it stays what it was when the total was opened, and so does the property that is counted.
 OPEN_TOTALS = text(f"""
-    INSERT INTO usage_totals AS t (customer_ref, meter, bucket_start, bucket_end, aggregation, seal)
+    INSERT INTO usage_totals AS t (customer_ref, meter, bucket_start, bucket_end, aggregation, seal, property)
     SELECT r.customer_ref, r.meter, r.bucket_start, r.bucket_end, a.aggregation,
-           {FIRST_SEAL.format(aggregation="a.aggregation")}
+           {FIRST_SEAL.format(aggregation="a.aggregation")}, r.property
       FROM json_to_recordset(CAST(:rows AS json))
-        AS r(customer_ref text, meter text, bucket_start timestamptz, bucket_end timestamptz, declared text)
+        AS r(customer_ref text, meter text, bucket_start timestamptz, bucket_end timestamptz, declared text,
+             property text)
       LEFT JOIN (SELECT DISTINCT ON (event_name) event_name, formula FROM meters
                   WHERE formula IN ('sum', 'count', 'last')
                   ORDER BY event_name, status = 'active' DESC, refreshed_at DESC, id) m ON m.event_name = r.meter
@@ -193,6 +194,7 @@ async def _open_totals(
     connection: AsyncConnection, ends: Mapping[_Total, datetime], rules: Mapping[str, MeterRules]
 ) -> None:
     declared = {meter: _declared_aggregation(its_rules) for meter, its_rules in rules.items()}
+    counted = {meter: its_rules.property for meter, its_rules in rules.items() if its_rules.property is not None}
     opened: list[dict[str, object]] = [
         {
             "customer_ref": total.customer_ref,
@@ -200,6 +202,7 @@ async def _open_totals(
             "bucket_start": total.bucket_start.isoformat(),
             "bucket_end": end.isoformat(),
             "declared": declared.get(total.meter),
+            "property": counted.get(total.meter),
         }
         for total, end in ends.items()
     ]

@@ -28,7 +28,7 @@ from tallystick.usage.parking import explain_reason
 
 _COLUMNS = """
     d.id, d.identifier, d.customer, d.event_name, d.value, d.events, d.aggregation, d.sender, d.timestamp, d.state,
-    d.reason, d.attempts, d.created_at, d.settled_at, d.carried_from
+    d.reason, d.attempts, d.created_at, d.settled_at, d.carried_from, d.unknown_since
 """
 
 LIST = text(f"""
@@ -61,7 +61,8 @@ DECIDE = text("""
     WITH decided AS (
         UPDATE usage_deliveries d
            SET state = r.state, reason = r.reason, identifier = r.identifier, attempts = d.attempts + 1,
-               next_attempt_at = :now, lease_until = NULL, unknown_since = NULL, confirmed_at = NULL,
+               next_attempt_at = :now, lease_until = NULL, confirmed_at = NULL,
+               unknown_since = CASE WHEN d.sender = 'usage_records' THEN d.unknown_since END,
                settled_at = CASE WHEN r.state = 'pending' THEN NULL ELSE CAST(:now AS timestamptz) END
           FROM json_to_recordset(CAST(:rows AS json))
             AS r(id bigint, state text, reason text, identifier text, noted text, outcome text)
@@ -74,13 +75,16 @@ DECIDE = text("""
 
 ALTERNATIVES = {
     "not_parked": "It is not parked.",
+    "no_second_left": "The last second of its billing period says another value already. Settle the difference by an"
+    " invoice item at Stripe, or void it.",
     "outcome_unknown": "Stripe may have taken it: its summaries decide, and `tallystick reconcile --stripe` asks them"
     " now. What they do not show is sent again by itself.",
     "period_closed": "The invoice that would have billed it is final. Carry it into the open period, settle it by an"
     " invoice item at Stripe, or void it.",
     "older_than_35_days": "Stripe takes no usage that is older than 35 days. Carry it into the open period, settle it"
     " by an invoice item at Stripe, or void it.",
-    "cannot_be_carried": "A latest, greatest or distinct value belongs to its own period. Settle it by an invoice item"
+    "cannot_be_carried": "A latest, greatest or distinct value belongs to its own period, and a usage record of which a"
+    " try was not answered may have been taken there: look at the item's usage at Stripe. Settle it by an invoice item"
     " at Stripe, or void it.",
     "no_open_period": "No open period of the customer bills this meter. Settle it by an invoice item at Stripe, or void"
     " it.",
@@ -151,7 +155,7 @@ async def resend(
         refused = _refusal(row, closed, now)
         moved = ""
         if carried and refused in ("period_closed", "older_than_35_days"):
-            if row["aggregation"] not in ("sum", "count"):
+            if row["aggregation"] not in ("sum", "count") or row["unknown_since"] is not None:
                 refused = "cannot_be_carried"
             elif not await carry(connection, [row["id"]], rules, now):
                 refused = "no_open_period"
@@ -184,8 +188,8 @@ async def void(
 def _refusal(row: Mapping[Any, Any], closed: Collection[int], now: datetime) -> str | None:
     if row["state"] != "parked":
         return "not_parked"
-    if row["reason"] == "outcome_unknown":
-        return "outcome_unknown"
+    if row["reason"] in ("outcome_unknown", "no_second_left"):
+        return str(row["reason"])
     if row["id"] in closed:
         return "period_closed"
     if row["timestamp"] < (now - STRIPE_TAKES_FOR).timestamp():

@@ -26,6 +26,10 @@ PARKED: Mapping[str, Reason] = {
         "A try was not answered, and 23 hours later nobody knew whether Stripe had taken it.",
         "wait: Stripe's summaries settle it within a day; `tallystick reconcile --stripe` asks them now",
     ),
+    "no_second_left": Reason(
+        "The last second of the billing period says another value already, and Stripe could not tell the two apart.",
+        "settle the difference by an invoice item at Stripe, or void it",
+    ),
     "no_subscription_item": Reason(
         "No subscription of the customer has the meter's price.",
         "add the price to a subscription whose period covers the usage and resend it, or void it",

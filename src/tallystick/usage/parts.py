@@ -4,7 +4,7 @@
     count           1 for each event, at the event's own second
     last            the latest value, at its event's own second; nothing when something later was said before
     max,            the running value of the billing period over all the customer's references, later than what was
-    unique_count    said before; nothing when it has not changed
+    unique_count    said before; nothing when it has not changed, and parked when the period has no second left for it
 
 A part that says nothing new is still written, as voided: the events that it carries are accounted for by it.
 """
@@ -87,18 +87,24 @@ FIND_REFS = text("""
 
 TAKE_TURN = text("SELECT pg_advisory_xact_lock(:lock, hashtext(:name))")
 
+# What was sealed for another customer, before the reference meant this one, stays that one's.
+OWN = """
+    (t.events <> t.sealed_events
+     OR EXISTS (SELECT FROM usage_deliveries d WHERE d.total_id = t.id AND d.customer = r.customer))
+"""
+
 # The value of a period as it is known now, the last second at which something was said of it, and what that was.
-FIND_RUNNING = text("""
+FIND_RUNNING = text(f"""
     SELECT CASE r.aggregation
            WHEN 'max' THEN (
                SELECT max(t.quantity) FROM usage_totals t
                 WHERE t.customer_ref = ANY(r.refs) AND t.meter = r.meter AND t.aggregation = 'max' AND t.events > 0
-                  AND t.bucket_start >= r.period_start AND t.bucket_start < r.period_end)
+                  AND t.bucket_start >= r.period_start AND t.bucket_start < r.period_end AND {OWN})
            ELSE (
                SELECT count(*) FROM (
                    SELECT DISTINCT u.digest FROM usage_totals t JOIN usage_uniques u ON u.total_id = t.id
                     WHERE t.customer_ref = ANY(r.refs) AND t.meter = r.meter
-                      AND t.bucket_start >= r.period_start AND t.bucket_start < r.period_end) seen)
+                      AND t.bucket_start >= r.period_start AND t.bucket_start < r.period_end AND {OWN}) seen)
            END AS value,
            (SELECT max(d.timestamp) FROM usage_deliveries d
              WHERE d.customer = r.customer AND d.event_name = r.meter
@@ -114,7 +120,7 @@ FIND_RUNNING = text("""
         AS r(number integer, customer text, meter text, aggregation text, refs text[], period_start timestamptz,
              period_end timestamptz)
      ORDER BY r.number
-""")
+""")  # noqa: S608  a constant
 
 
 class Total(NamedTuple):
@@ -134,7 +140,10 @@ class Total(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One delivery to be. `opened_seal`: the seal of the events that it carries. `of_event`: the one event's key."""
+    """One delivery to be. `opened_seal`: the seal of the events that it carries. `of_event`: the one event's key.
+
+    `parked`: the reason, where Stripe cannot be told.
+    """
 
     total: Total
     opened_seal: int
@@ -144,6 +153,7 @@ class Part(NamedTuple):
     events: int
     says_something: bool = True
     of_event: tuple[str, str] | None = None
+    parked: str | None = None
 
 
 async def list_parts(connection: AsyncConnection, totals: Sequence[Total], now: datetime) -> list[Part]:
@@ -230,13 +240,18 @@ async def _list_running(connection: AsyncConnection, totals: Sequence[Total], no
     for total, key in sorted(zip(totals, keys, strict=True), key=lambda pair: pair[0].bucket_start):
         stream, period = streams[key], key[3]
         at = delivery_timestamp(total.bucket_start, total.bucket_end, now)
-        new = stream.value != stream.said
+        new, parked = stream.value != stream.said, None
         if new:
             # Stripe takes nothing that lies further ahead than 5 minutes, and what is outside bills another period.
             at = max(at, stream.last + SECOND) if stream.last else at
             at = min(at, period.end - SECOND, max(now + MAX_AHEAD / 2, total.bucket_start))
+            if stream.last and at <= stream.last:
+                # Of two values at one second nobody knows which one Stripe bills.
+                if at < period.end - SECOND:
+                    continue  # later there will be room: it stays open
+                parked = "no_second_left"
             stream.said, stream.last = stream.value, at
-        parts.append(Part(total, total.seal, total.seal, stream.value, at, total.unsealed_events, says_something=new))
+        parts.append(Part(total, total.seal, total.seal, stream.value, at, total.unsealed_events, new, parked=parked))
     return parts
 
 

@@ -122,10 +122,15 @@ FIND_BOUNDARIES = text("""
     SELECT at FROM period_boundaries WHERE customer = :customer AND at BETWEEN :from AND :to ORDER BY 1
 """)
 
+# Of all periods that run now and bill the usage in question the one that began first, so that none is shown in part.
+# Where nothing bills it, the customer's other period that began last: a boundary at which its usage is cut, too.
 FIND_PERIOD_START = text("""
-    SELECT max(period_start) FROM metered_periods
-     WHERE customer = :customer AND period_start <= :now
-       AND (CAST(:meter AS text) IS NULL OR event_name = :meter)
+    SELECT coalesce(min(period_start) FILTER (
+                        WHERE event_name = :meter OR CAST(:meter AS text) IS NULL AND event_name IS NOT NULL
+                              OR price = ANY(CAST(:prices AS text[]))),
+                    max(period_start))
+      FROM metered_periods
+     WHERE customer = :customer AND period_start <= :now AND period_end > :now
 """)
 
 
@@ -292,10 +297,13 @@ def _check_ends(question: Question, starts: list[datetime], boundaries: Sequence
         )
 
 
-async def find_period_start(connection: AsyncConnection, ref: str, meter: str | None, now: datetime) -> datetime | None:
-    """When the present billing period of a customer began, of one meter or of any; None without a subscription."""
+async def find_period_start(
+    connection: AsyncConnection, ref: str, meter: str | None, rules: Rules, now: datetime
+) -> datetime | None:
+    """When the present billing periods of a customer began, of one meter or of any; None when no period runs."""
     customer, _ = await find_refs(connection, ref)
+    prices = [its.price for name, its in rules.meters.items() if its.price is not None and meter in (None, name)]
     start: datetime | None = await connection.scalar(
-        FIND_PERIOD_START, {"customer": customer, "meter": meter, "now": now}
+        FIND_PERIOD_START, {"customer": customer, "meter": meter, "prices": prices, "now": now}
     )
     return start

@@ -92,10 +92,11 @@ async def get_usage(
     """
     now = datetime.now(UTC)
     resources: Resources = request.app.state.resources
+    rules = resources.rules.current(now)
     async with db.transaction(resources.engine) as connection:
         start = _utc(from_, "from")
         if start is None and window == "billing_period":
-            start = await find_period_start(connection, customer, meter, now)
+            start = await find_period_start(connection, customer, meter, rules, now)
         start = start or start_of_month(now, time_zone)
         end = _utc(to, "to") or floor_hour(now) + timedelta(hours=1)
         span = MAX_SPAN.get(window, MAX_SPAN_OF_OTHERS)
@@ -104,7 +105,7 @@ async def get_usage(
         if not 2000 <= start.year <= end.year < 2200:  # no zone can be applied near the calendar's ends
             raise InvalidRequest("It lies outside of the years 2000 to 2199.", field="from")
         question = Question(customer, meter, start, end, window, time_zone, group_by)
-        stripe_customer, rows = await add_up_usage(connection, question, resources.rules.current(now))
+        stripe_customer, rows = await add_up_usage(connection, question, rules)
     return Usage(
         customer=stripe_customer,
         ref=customer,

@@ -101,9 +101,10 @@ DUE_BY_TIME = """
 INSERT_DELIVERIES = text("""
     INSERT INTO usage_deliveries
            (total_id, opened_seal, seal, events, customer, event_name, identifier, payload, value, timestamp, state,
-            reason, aggregation, sender, next_attempt_at)
+            reason, aggregation, sender, next_attempt_at, settled_at)
     SELECT total_id, opened_seal, seal, events, customer, event_name, identifier, CAST(payload AS jsonb),
-           CAST(value AS numeric), timestamp, state, reason, aggregation, sender, :now
+           CAST(value AS numeric), timestamp, state, reason, aggregation, sender, :now,
+           CASE WHEN state <> 'pending' THEN CAST(:now AS timestamptz) END
       FROM unnest(CAST(:total_id AS bigint[]), CAST(:opened_seal AS integer[]), CAST(:seal AS integer[]),
                   CAST(:events AS bigint[]), CAST(:customer AS text[]), CAST(:event_name AS text[]),
                   CAST(:identifier AS text[]), CAST(:payload AS text[]), CAST(:value AS text[]),
@@ -113,15 +114,21 @@ INSERT_DELIVERIES = text("""
              reason, aggregation, sender)
 """)
 
-# The totals are locked, so what is open is still what was read. One of which a part stays open remains due.
+# The totals are locked, so what is open is still what was read. One of which a part stays open remains due. What is
+# sealed is no longer found as open usage, so it is written down where a threshold may have been reached by it.
 CLOSE_SEALS = text("""
-    UPDATE usage_totals t
-       SET sealed = t.sealed + CAST(r.quantity AS numeric), sealed_events = t.sealed_events + r.events,
-           seal = r.next_seal,
-           sealed_at = CASE WHEN t.events = t.sealed_events + r.events THEN :now ELSE t.sealed_at END
-      FROM unnest(CAST(:id AS bigint[]), CAST(:next_seal AS integer[]), CAST(:quantity AS text[]),
-                  CAST(:events AS bigint[])) AS r(id, next_seal, quantity, events)
-     WHERE t.id = r.id
+    WITH closed AS (
+        UPDATE usage_totals t
+           SET sealed = t.sealed + CAST(r.quantity AS numeric), sealed_events = t.sealed_events + r.events,
+               seal = r.next_seal,
+               sealed_at = CASE WHEN t.events = t.sealed_events + r.events THEN :now ELSE t.sealed_at END
+          FROM unnest(CAST(:id AS bigint[]), CAST(:next_seal AS integer[]), CAST(:quantity AS text[]),
+                      CAST(:events AS bigint[])) AS r(id, next_seal, quantity, events)
+         WHERE t.id = r.id
+        RETURNING t.customer_ref, t.meter, t.bucket_start
+    )
+    INSERT INTO usage_threshold_looks (customer_ref, meter, at)
+    SELECT c.customer_ref, c.meter, c.bucket_start FROM closed c JOIN usage_threshold_meters m ON m.meter = c.meter
 """)
 
 
@@ -351,6 +358,8 @@ def _write_delivery(installation: str, part: Part, route: Route, now: datetime) 
     state, reason = "pending", None
     if part.at < now - STRIPE_MAX_AGE:
         state, reason = "parked", "older_than_35_days"
+    elif part.parked is not None:
+        state, reason = "parked", part.parked
     elif not part.says_something:
         state, reason = "voided", "superseded"
     return _Delivery(

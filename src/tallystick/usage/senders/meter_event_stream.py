@@ -54,8 +54,7 @@ async def _stream(session: MeterEventSession, messages: Sequence[Message], now: 
         token = await session.current(now)
     except stripe.StripeError as error:
         return _without_session(error)
-    # An error report names a request by its key, and a key that named one of many deliveries would blame the wrong one.
-    key = messages[0].idempotency_key() if len(messages) == 1 else f"stream-{secrets.token_hex(12)}"
+    key = _new_key(messages)
     try:
         await _request(session.client, token, key, messages)
     except stripe.StripeError as error:
@@ -64,12 +63,18 @@ async def _stream(session: MeterEventSession, messages: Sequence[Message], now: 
     else:
         return Outcome("sent", http_status=200, request_id=key)
     # The token ended before its time, which says nothing against the messages: once more with a new one.
+    key = _new_key(messages)
     try:
-        await _request(session.client, await session.current(now, not_this=token), f"{key}.again", messages)
+        await _request(session.client, await session.current(now, not_this=token), key, messages)
     except stripe.StripeError as error:
         ended = error.http_status == 401 or error_code(error) == SESSION_EXPIRED
         return _without_session(error) if ended else read_outcome(error)
-    return Outcome("sent", http_status=200, request_id=f"{key}.again")
+    return Outcome("sent", http_status=200, request_id=key)
+
+
+def _new_key(messages: Sequence[Message]) -> str:
+    # An error report names a request by its key, and a key that named one of many deliveries would blame the wrong one.
+    return messages[0].idempotency_key() if len(messages) == 1 else f"stream-{secrets.token_hex(12)}"
 
 
 class _Events(list[MeterEventStreamCreateParamsEvent]):
