@@ -19,6 +19,7 @@ from tallystick.usage.delivery import CHOOSE, SETTLE, backoff, deliver, deliver_
 from tallystick.usage.late import UNKNOWN_FOR_AT_MOST
 from tallystick.usage.ledger import record_events
 from tallystick.usage.meters import refresh_meters
+from tallystick.usage.rates import wait_to_ask
 from tallystick.usage.reconciliation import reconcile_sent
 from tallystick.usage.sealing import seal_everything
 from tallystick.usage.senders.meter_events import send_meter_events
@@ -212,6 +213,21 @@ async def test_the_rate_limit_is_shared_by_all_workers(resources: Resources, fak
     assert await deliver(slow, now) <= 1
     assert await deliver_all(resources, now) >= 1
     assert await read_all(resources, STATES) == [("sent", 7)]
+
+
+@pytest.mark.parametrize("tokens", [0, 80])
+async def test_a_clock_of_postgresql_that_is_set_back_stops_nothing(
+    resources: Resources, fake_stripe: FakeStripe, tokens: int
+) -> None:
+    await make_deliveries(resources, fake_stripe, "1")
+    await run(
+        resources,
+        "INSERT INTO rate_limits VALUES ('stripe', :tokens, clock_timestamp() + interval '1 hour')",
+        tokens=tokens,
+    )
+    async with asyncio.timeout(5):
+        assert await deliver_all(resources, datetime.now(UTC)) == 1
+        await wait_to_ask(resources)
 
 
 async def test_every_try_is_recorded_and_its_key_names_the_delivery(

@@ -15,13 +15,14 @@ from tallystick import db
 from tallystick.resources import Resources
 
 # What a second adds is the limit, and a pause saves up at most one second of it; two calls at least, or asking could
-# leave nothing.
+# leave nothing. After a failover PostgreSQL's clock may be behind the last refill: nothing is taken away for that, and
+# from now on it counts from the earlier moment.
 REFILL = text("""
     INSERT INTO rate_limits AS l (name, tokens, refilled_at)
     VALUES (:name, greatest(2, :per_second), clock_timestamp())
     ON CONFLICT (name) DO UPDATE SET
         tokens = least(greatest(2, :per_second),
-                       l.tokens + :per_second * extract(epoch FROM clock_timestamp() - l.refilled_at)),
+                       l.tokens + :per_second * greatest(0, extract(epoch FROM clock_timestamp() - l.refilled_at))),
         refilled_at = clock_timestamp()
     RETURNING tokens
 """)
