@@ -19,7 +19,7 @@ from tallystick.usage.board import measure_periods
 from tallystick.usage.cancellations import cancel_events
 from tallystick.usage.conservation import count_conservation
 from tallystick.usage.delivery import deliver_all
-from tallystick.usage.drain import drain
+from tallystick.usage.drain import drain_on
 from tallystick.usage.error_reports import fetch_error_reports, find_error_reports
 from tallystick.usage.late import check_finalized
 from tallystick.usage.meters import refresh_meters, warn_of_unfit_meters
@@ -50,7 +50,7 @@ async def check_conservation(resources: Resources, now: datetime) -> int:
 
 
 LOOPS = (
-    Loop("drain", 0.2, drain),
+    Loop("drain", 0.2, drain_on),
     Loop("seal_requests", 1, answer_seal_requests),
     Loop("seal", 5, seal_due),
     Loop("deliver", 1, deliver_all),
