@@ -456,13 +456,13 @@ async def test_spans_say_what_was_done_and_never_for_whom(
     await tell(resources, customer.id)
     async with receiving() as product:
         told = with_endpoints(resources, tmp_path, endpoint("product", product.url))
-        for name in ("drain", "seal", "deliver", "notifications"):
+        for name in ("drain", "seal", "deliver_meter_events", "notifications"):
             await run_once(told, name)
 
     finished = spans.get_finished_spans()
     assert {span.name for span in finished} >= {
         *("POST /v1/usage", "GET /v1/customers/{ref}/access", "POST /webhooks/stripe", "webhook batch"),
-        *("drain", "seal", "deliver", "notifications", "notification", "Stripe"),
+        *("drain", "seal", "deliver_meter_events", "notifications", "notification", "Stripe"),
     }
     [post] = [span for span in finished if span.name == "POST /v1/usage"]
     assert post.context.trace_id == int("ab" * 16, 16)

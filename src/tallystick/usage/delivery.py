@@ -192,14 +192,23 @@ async def deliver(resources: Resources, now: datetime) -> int:
 
 async def deliver_all(resources: Resources, now: datetime) -> int:
     """Send until nothing is due. What is to be retried later is left for later."""
+    return await _deliver_until_done(resources, now, SENDERS)
+
+
+async def deliver_by(resources: Resources, now: datetime, *, sender: Sender) -> int:
+    """The worker's loop of one sender, for which no other sender's long run is waited: as `deliver_all`."""
+    return await _deliver_until_done(resources, now, [sender])
+
+
+async def _deliver_until_done(resources: Resources, now: datetime, senders: Sequence[Sender]) -> int:
     async with db.transaction(resources.engine) as connection:
-        found = await connection.execute(FIND_SENDERS, {"senders": list(SENDERS), "now": now})
+        found = await connection.execute(FIND_SENDERS, {"senders": list(senders), "now": now})
         busy: list[Sender] = list(found.scalars())
-    runs = [_deliver_by(resources, sender, now) for sender in busy for _ in range(CLAIMS_AT_ONCE)]
+    runs = [_take_turns(resources, sender, now) for sender in busy for _ in range(CLAIMS_AT_ONCE)]
     return sum(await all_ended(runs))
 
 
-async def _deliver_by(resources: Resources, sender: Sender, started_at: datetime) -> int:
+async def _take_turns(resources: Resources, sender: Sender, started_at: datetime) -> int:
     began = monotonic()
     delivered, place = 0, BEGINNING
     while True:
