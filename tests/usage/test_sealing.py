@@ -10,12 +10,14 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
 from tallystick import db
+from tallystick.redis_client import REDIS_ERRORS, create_redis
 from tallystick.resources import Resources
 from tallystick.usage.buffer import claim_and_append
 from tallystick.usage.events import MAX_DECIMALS, MAX_DIGITS, UsageEvent, plain
 from tallystick.usage.ledger import record_events
 from tallystick.usage.parts import STRIPE_MAX_AGE, delivery_timestamp, split_value
 from tallystick.usage.sealing import FIND_CUSTOMERS, LOCK_DUE, answer_seal_requests, seal_due, seal_everything
+from tests.conftest import make_settings
 from tests.usage.making import (
     CUSTOMER,
     METER,
@@ -128,6 +130,26 @@ async def test_a_drafted_invoice_seals_what_is_still_in_the_buffer(resources: Re
     assert await answer_seal_requests(resources, now) == 1
     assert await answer_seal_requests(resources, now) == 0
     assert await read_all(resources, "SELECT customer FROM usage_deliveries") == [(CUSTOMER,)]
+
+
+async def test_what_the_ledger_has_is_sealed_while_redis_is_away(resources: Resources) -> None:
+    now = datetime.now(UTC)
+    await make_customer(resources)
+    await make_meter(resources)
+    await run(resources, "INSERT INTO seal_requests (customer, invoice) VALUES (:customer, 'in_1')", customer=CUSTOMER)
+    events = [make_event(f"e{n}", at=last_hour() - timedelta(hours=n)) for n in range(3)]
+    away = dataclasses.replace(resources, redis=create_redis(make_settings()))
+    await record(resources, events[0])
+    with pytest.raises(REDIS_ERRORS):
+        await answer_seal_requests(away, now)
+    await record(resources, events[1])
+    with pytest.raises(REDIS_ERRORS):
+        await seal_everything(away, now)
+    assert len(await read_all(resources, DELIVERIES)) == 2
+    # What waits in Redis is part of the invoice, too.
+    await claim_and_append(resources.redis, events[2:], now, dedupe_hours=72, max_bytes=10**9)
+    assert await answer_seal_requests(resources, now) == 1
+    assert len(await read_all(resources, DELIVERIES)) == 3
 
 
 async def test_a_boundary_learnt_after_the_events_cuts_their_total_before_it_is_sealed(resources: Resources) -> None:

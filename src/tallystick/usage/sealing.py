@@ -27,6 +27,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tallystick import db
+from tallystick.redis_client import REDIS_ERRORS
 from tallystick.resources import Resources
 from tallystick.rules import MeterRules
 from tallystick.usage.aggregations import NO_RULES
@@ -36,6 +37,7 @@ from tallystick.usage.events import plain
 from tallystick.usage.meters import read_meters
 from tallystick.usage.parking import announce_parked
 from tallystick.usage.parts import COUNTED_PER_SEAL, STRIPE_MAX_AGE, Part, Total, list_parts
+from tallystick.usage.sealing_requests import forget_requests, read_requests
 
 # To find what is due costs a look at all that is open, so it is done once for many; it is sealed in transactions of a
 # bounded size: a running value takes a lock for each customer and meter, of which PostgreSQL has room for some
@@ -169,32 +171,42 @@ async def seal_due(resources: Resources, now: datetime) -> int:
 
 
 async def seal_everything(resources: Resources, now: datetime) -> int:
-    """Drain, then seal every total that a linked customer has: what `tallystick flush` does before it delivers."""
-    await drain(resources, now)
-    return await _seal_all(resources, now, "true", {}, locked="")
+    """Drain, then seal every total that a linked customer has: what `tallystick flush` does before it delivers.
+
+    What the ledger has is sealed even if the drain fails; its failure is raised at the end.
+    """
+    not_drained = await _drain_first(resources, now)
+    sealed = await _seal_all(resources, now, "true", {}, locked="")
+    if not_drained:
+        raise not_drained
+    return sealed
 
 
 async def answer_seal_requests(resources: Resources, now: datetime) -> int:
     """For each customer with a freshly drafted invoice: drain, seal everything, and only then forget the request."""
     async with db.transaction(resources.engine) as connection:
-        requests = (
-            await connection.execute(
-                text("SELECT customer, requested_at FROM seal_requests ORDER BY requested_at LIMIT 500")
-            )
-        ).all()
+        requests = await read_requests(connection)
     if not requests:
         return 0
-    await drain(resources, now)
-    customers = sorted(request.customer for request in requests)
+    not_drained = await _drain_first(resources, now)
+    customers = [request.customer for request in requests]
     await _seal_all(resources, now, "r.customer = ANY(:customers)", {"customers": customers}, locked="")
+    if not_drained:
+        # What is still in Redis belongs to the invoice too, so the requests stay.
+        raise not_drained
     # Died here: the requests are still there, and sealing again finds nothing left to seal.
     async with db.transaction(resources.engine) as connection:
-        for request in requests:
-            await connection.execute(
-                text("DELETE FROM seal_requests WHERE customer = :customer AND requested_at = :requested_at"),
-                {"customer": request.customer, "requested_at": request.requested_at},
-            )
+        await forget_requests(connection, requests)
     return len(requests)
+
+
+async def _drain_first(resources: Resources, now: datetime) -> Exception | None:
+    """Drain; what kept it from it. An invoice becomes final even while Redis is away."""
+    try:
+        await drain(resources, now)
+    except (*REDIS_ERRORS, *db.STORAGE_ERRORS) as error:
+        return error
+    return None
 
 
 async def _seal_all(
