@@ -16,7 +16,14 @@ from tallystick.usage.buffer import claim_and_append
 from tallystick.usage.events import MAX_DECIMALS, MAX_DIGITS, UsageEvent, plain
 from tallystick.usage.ledger import record_events
 from tallystick.usage.parts import STRIPE_MAX_AGE, delivery_timestamp, split_value
-from tallystick.usage.sealing import FIND_CUSTOMERS, LOCK_DUE, answer_seal_requests, seal_due, seal_everything
+from tallystick.usage.sealing import (
+    FAILURES_AT_MOST,
+    FIND_CUSTOMERS,
+    LOCK_DUE,
+    answer_seal_requests,
+    seal_due,
+    seal_everything,
+)
 from tests.conftest import make_settings
 from tests.usage.making import (
     CUSTOMER,
@@ -204,10 +211,32 @@ async def test_a_total_that_cannot_be_sealed_holds_up_no_other(resources: Resour
             await seal_everything(resources, datetime.now(UTC))
     finally:
         await run(resources, "ALTER TABLE usage_deliveries DROP CONSTRAINT not_this_one")
-    sealed = "SELECT customer FROM usage_deliveries ORDER BY id"
+    sealed = "SELECT customer FROM usage_deliveries ORDER BY customer"
     assert await read_all(resources, sealed) == [("cus_b",), ("cus_c",)]
     assert await seal_everything(resources, datetime.now(UTC)) == 1
-    assert await read_all(resources, sealed) == [("cus_b",), ("cus_c",), ("cus_a",)]
+    assert await read_all(resources, sealed) == [("cus_a",), ("cus_b",), ("cus_c",)]
+
+
+async def test_many_totals_that_cannot_be_sealed_do_not_hold_up_the_others_for_ever(resources: Resources) -> None:
+    await make_meter(resources)
+    for name in "az":
+        await make_customer(resources, ref=name, customer=f"cus_{name}")
+    hours = [last_hour() - timedelta(hours=n) for n in range(FAILURES_AT_MOST)]
+    bad = [make_event(f"a{n}", at=at, customer_ref="a") for n, at in enumerate(hours)]
+    await record(resources, *bad, make_event("z", at=last_hour(), customer_ref="z"))
+    await run(resources, "ALTER TABLE usage_deliveries ADD CONSTRAINT not_these CHECK (customer <> 'cus_a') NOT VALID")
+    sealed: list[tuple[object, ...]] = []
+    try:
+        # Each run begins with one of the two.
+        for _ in range(40):
+            with pytest.raises(IntegrityError):
+                await seal_everything(resources, datetime.now(UTC))
+            if sealed := await read_all(resources, "SELECT customer FROM usage_deliveries"):
+                break
+    finally:
+        await run(resources, "ALTER TABLE usage_deliveries DROP CONSTRAINT not_these")
+    assert sealed == [("cus_z",)]
+    assert await seal_everything(resources, datetime.now(UTC)) == len(bad)
 
 
 async def test_sealing_looks_up_the_customers_of_its_totals_and_not_all(resources: Resources) -> None:

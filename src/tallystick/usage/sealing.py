@@ -15,6 +15,7 @@ of one quantity: the number and the quantity move together in one transaction.
 """
 
 import hashlib
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -44,7 +45,7 @@ from tallystick.usage.sealing_requests import forget_requests, read_requests
 # thousands, and the drain waits for what is locked.
 FOUND_AT_ONCE = 50_000
 TOTALS_PER_TRANSACTION = 1_000
-# Of totals that PostgreSQL refuses; after more of them it is not they that are wrong.
+# Of totals that PostgreSQL refuses, one after the other; after more of them it is not they that are wrong.
 FAILURES_AT_MOST = 10
 
 # Usage of an hour that has just ended may still be on its way through Redis.
@@ -171,10 +172,7 @@ async def seal_due(resources: Resources, now: datetime) -> int:
 
 
 async def seal_everything(resources: Resources, now: datetime) -> int:
-    """Drain, then seal every total that a linked customer has: what `tallystick flush` does before it delivers.
-
-    What the ledger has is sealed even if the drain fails; its failure is raised at the end.
-    """
+    """Drain, then seal every total that a linked customer has. If the drain fails, that is raised at the end."""
     not_drained = await _drain_first(resources, now)
     sealed = await _seal_all(resources, now, "true", {}, locked="")
     if not_drained:
@@ -249,24 +247,26 @@ class _Run:
 async def _seal_or_seal_apart(run: _Run, found: Sequence[Any], failures: list[DBAPIError]) -> tuple[int, bool]:
     """Seal together; when PostgreSQL refuses, one by one, so that a total which cannot be sealed holds up no other.
 
-    What it refused goes into `failures`. It raises when the connection is lost, or they are many: it is not the totals.
+    What it refused goes into `failures`. It raises when the connection is lost, or many in a row are refused.
     """
     try:
         return await _seal_found(run, found)
     except DBAPIError as error:
         if error.connection_invalidated:
             raise
-    sealed, more = 0, False
-    for one in found:
+    sealed, more, in_a_row = 0, False, 0
+    # In another order each time: else the references behind one with many such totals would never have their turn.
+    turns = {one.customer_ref: random.random() for one in found}
+    for one in sorted(found, key=lambda one: turns[one.customer_ref]):
         try:
             count, again = await _seal_found(run, [one])
         except DBAPIError as refused:
             failures.append(refused)
-            if refused.connection_invalidated or len(failures) == FAILURES_AT_MOST:
+            in_a_row += 1
+            if refused.connection_invalidated or in_a_row == FAILURES_AT_MOST:
                 raise
         else:
-            sealed += count
-            more |= again
+            sealed, more, in_a_row = sealed + count, more or again, 0
     return sealed, more
 
 
