@@ -359,6 +359,20 @@ async def test_a_customer_with_a_draft_invoice_is_asked_for_first(
     assert waits != ends
 
 
+async def test_each_has_its_turn_though_the_oldest_never_agrees(
+    resources: Resources, fake_stripe: FakeStripe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconciliation, "PAIRS_PER_RUN", 1)
+    oldest, _ = await make_deliveries_of_two(resources, fake_stripe)
+    now = await deliver(resources)
+    await configure(fake_stripe, summary_lag_seconds=3600)
+    older = "UPDATE usage_deliveries SET settled_at = settled_at - interval '1 minute' WHERE customer = :customer"
+    await run(resources, older, customer=oldest)
+    for turn in (1, 2):
+        assert await reconcile_sent(resources, now + turn * ASK_AFTER) == 1
+    assert await read_all(resources, "SELECT count(*) FROM usage_checks WHERE checked_at IS NOT NULL") == [(2,)]
+
+
 def limited(resources: Resources, calls_per_second: int) -> Resources:
     settings = resources.settings.model_copy(update={"stripe_calls_per_second": calls_per_second})
     return dataclasses.replace(resources, settings=settings)

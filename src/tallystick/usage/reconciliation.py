@@ -51,6 +51,8 @@ LEASE = timedelta(minutes=15)
 
 SUMMARIES_PER_PAGE = 100
 
+# Those whose turn was longest ago, so that hours which do not agree leave room for others. One that was never answered
+# has only the time when it is to be asked again.
 CLAIM = text("""
     WITH unsettled AS (
         SELECT customer, event_name, min(settled_at) AS since
@@ -75,7 +77,7 @@ CLAIM = text("""
            AND CASE WHEN draft THEN since <= :settled_with_draft
                                     AND coalesce(c.checked_at, '-infinity') <= :settled_with_draft
                     ELSE since <= :settled AND coalesce(c.next_check_at, '-infinity') <= :now END
-         ORDER BY draft DESC, since LIMIT :limit
+         ORDER BY draft DESC, coalesce(c.checked_at, c.next_check_at) NULLS FIRST, since LIMIT :limit
     )
     INSERT INTO usage_checks AS c (customer, event_name, leased_until)
     SELECT customer, event_name, :leased_until FROM due ORDER BY customer, event_name
