@@ -139,6 +139,24 @@ async def test_every_line_of_a_loop_names_it(resources: Resources, lines: list[d
     assert [(line["event"], line["loop"]) for line in lines] == [("deep_inside", "works"), ("loop_ran", "works")]
 
 
+async def test_a_loop_that_has_failed_for_hours_goes_on(
+    resources: Resources, monkeypatch: pytest.MonkeyPatch, lines: list[dict[str, Any]]
+) -> None:
+    monkeypatch.setattr("tallystick.loops.MAX_PAUSE_SECONDS", 0.0)
+    stop = asyncio.Event()
+    failures = 0
+
+    async def fail(_: Resources, now: datetime) -> int:
+        nonlocal failures
+        failures += 1
+        if failures == 1_030:
+            stop.set()
+        raise ConnectionError
+
+    await run_loops(resources, [Loop("fails", 0.0001, fail)], stop)
+    assert lines[-1]["failures"] == 1_030
+
+
 async def test_a_worker_that_waits_for_stripe_to_come_back_stops_at_once(
     resources: Resources, fake_stripe: FakeStripe, lines: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -438,13 +456,13 @@ async def test_spans_say_what_was_done_and_never_for_whom(
     await tell(resources, customer.id)
     async with receiving() as product:
         told = with_endpoints(resources, tmp_path, endpoint("product", product.url))
-        for name in ("drain", "seal", "deliver", "notifications"):
+        for name in ("drain", "seal", "deliver_meter_events", "notifications"):
             await run_once(told, name)
 
     finished = spans.get_finished_spans()
     assert {span.name for span in finished} >= {
         *("POST /v1/usage", "GET /v1/customers/{ref}/access", "POST /webhooks/stripe", "webhook batch"),
-        *("drain", "seal", "deliver", "notifications", "notification", "Stripe"),
+        *("drain", "seal", "deliver_meter_events", "notifications", "notification", "Stripe"),
     }
     [post] = [span for span in finished if span.name == "POST /v1/usage"]
     assert post.context.trace_id == int("ab" * 16, 16)

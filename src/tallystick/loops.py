@@ -95,7 +95,8 @@ async def _run_loop(resources: Resources, loop: Loop, stop: asyncio.Event, ended
             LOOP_LAST_DONE.labels(loop.name).set(ended[loop.name])
             if done:
                 log.info("loop_ran", done=done)
-        pause = min(loop.every_seconds * 2**failures, max(MAX_PAUSE_SECONDS, loop.every_seconds))
+        # After hours of failures 2**failures is more than a float holds.
+        pause = min(loop.every_seconds * 2 ** min(failures, 16), max(MAX_PAUSE_SECONDS, loop.every_seconds))
         # Several workers that were started together must not come for the same rows at the same moments for ever.
         await _wait(stop, pause * random.uniform(0.8, 1.0))
 

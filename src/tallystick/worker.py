@@ -2,6 +2,7 @@
 
 import asyncio
 from datetime import UTC, datetime
+from functools import partial
 
 import structlog
 
@@ -18,8 +19,8 @@ from tallystick.resources import Resources, open_resources
 from tallystick.usage.board import measure_periods
 from tallystick.usage.cancellations import cancel_events
 from tallystick.usage.conservation import count_conservation
-from tallystick.usage.delivery import deliver_all
-from tallystick.usage.drain import drain
+from tallystick.usage.delivery import SENDERS, deliver_by
+from tallystick.usage.drain import drain_on
 from tallystick.usage.error_reports import fetch_error_reports, find_error_reports
 from tallystick.usage.late import check_finalized
 from tallystick.usage.meters import refresh_meters, warn_of_unfit_meters
@@ -50,10 +51,10 @@ async def check_conservation(resources: Resources, now: datetime) -> int:
 
 
 LOOPS = (
-    Loop("drain", 0.2, drain),
+    Loop("drain", 0.2, drain_on),
     Loop("seal_requests", 1, answer_seal_requests),
     Loop("seal", 5, seal_due),
-    Loop("deliver", 1, deliver_all),
+    *(Loop(f"deliver_{sender}", 1, partial(deliver_by, sender=sender)) for sender in SENDERS),
     Loop("finalized_invoices", 15, check_finalized),
     Loop("error_reports", 5, fetch_error_reports),
     Loop("missed_error_reports", 600, find_error_reports),

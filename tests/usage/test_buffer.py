@@ -1,4 +1,6 @@
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -22,10 +24,10 @@ from tallystick.usage.buffer import (
     claim_and_append,
     read_entries,
 )
-from tallystick.usage.drain import drain
+from tallystick.usage.drain import ENTRIES_PER_READING, drain, drain_on
 from tallystick.usage.events import MAX_EVENTS, UsageEvent
 from tallystick.usage.ledger import record_events
-from tests.usage.making import conservation, make_event
+from tests.usage.making import conservation, make_event, read_all
 from tests.waiting import wait_until
 
 NOW = datetime.now(UTC)
@@ -235,6 +237,60 @@ async def test_several_drains_share_the_work(resources: Resources) -> None:
     drained = await asyncio.gather(*(drain(resources, NOW) for _ in range(3)))
     assert sum(drained) == 30
     assert (await conservation(resources)).events == 30
+
+
+@contextmanager
+def as_fast_as_it_is_read(resources: Resources, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Whenever something is read from the stream, more of it has come meanwhile; how many events each reading had."""
+    readings: list[int] = []
+
+    async def read_and_append(*arguments: Any, **named: Any) -> list[buffer.Entry]:
+        entries = await read_entries(*arguments, **named)
+        readings.append(len(entries))
+        for n in range(2):
+            await claim(resources.redis, make_event(f"meanwhile-{len(readings)}-{n}", at=HOUR_AGO))
+        return entries
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tallystick.usage.drain.read_entries", read_and_append)
+        yield readings
+
+
+async def test_a_drain_ends_though_usage_keeps_coming(resources: Resources, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n in range(40):
+        await claim(resources.redis, make_event(f"e{n}", at=HOUR_AGO))
+    with as_fast_as_it_is_read(resources, monkeypatch) as readings:
+        async with asyncio.timeout(10):
+            assert await drain(resources, NOW) == sum(readings)
+    ((waited,),) = await read_all(resources, "SELECT count(*) FROM usage_events WHERE id LIKE 'e%'")
+    assert waited == 40
+    assert len(readings) < 8, "two that were needed, and one or two more of each that reads"
+
+
+async def test_a_drain_takes_over_what_was_left_behind_though_usage_keeps_coming(
+    resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(3 * ENTRIES_PER_READING):
+        await claim(resources.redis, make_event(f"e{n}", at=HOUR_AGO))
+    await read_entries(resources.redis, "dead", 2 * ENTRIES_PER_READING, reclaim_after=HOUR)
+    with as_fast_as_it_is_read(resources, monkeypatch):
+        async with asyncio.timeout(10):
+            await drain(resources, NOW, reclaim_after=timedelta(0))
+    ((waited,),) = await read_all(resources, "SELECT count(*) FROM usage_events WHERE id LIKE 'e%'")
+    assert waited == 3 * ENTRIES_PER_READING
+
+
+async def test_the_workers_drain_goes_on_while_usage_comes_and_ends_now_and_then(
+    resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await claim(resources.redis, make_event("first", at=HOUR_AGO))
+    monkeypatch.setattr("tallystick.usage.drain.RUN_SECONDS", 0.2)
+    with as_fast_as_it_is_read(resources, monkeypatch) as readings:
+        async with asyncio.timeout(10):
+            assert await drain_on(resources, NOW) == sum(readings)
+    assert len(readings) > 4
+    assert await drain_on(resources, NOW) > 0
+    assert await buffered_bytes(resources.redis) == 0
 
 
 async def test_a_batch_that_the_ledger_cannot_take_does_not_hold_up_the_others(resources: Resources) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from sqlalchemy import text
 from typer.testing import CliRunner
 
 from tallystick import cli, db
@@ -33,6 +34,7 @@ from tests.usage.making import (
     make_period,
     read_all,
     run,
+    wait_until_blocked,
 )
 from tests.usage.test_delivery import make_deliveries, misbehave, taken_by_stripe
 
@@ -264,6 +266,24 @@ async def test_what_was_sent_by_itself_is_cancelled_at_stripe(
     assert [(row["quantity"], row["events"]) for row in shown] == [("5", 1)]
     await cancel(resources, ASK_AGAIN)
     assert (await conservation(resources)).voided == 7
+
+
+async def test_cancellations_never_lock_totals_in_another_order_than_the_drain(
+    client: httpx.AsyncClient, resources: Resources, fake_stripe: FakeStripe
+) -> None:
+    """e1 is of an earlier hour than e0, and asked for later; the drain locks the earlier hour first."""
+    await make_deliveries(resources, fake_stripe, "5", "7")
+    await correct(client, "c0", event_id="e0")
+    await correct(client, "c1", event_id="e1")
+    await run(resources, "UPDATE usage_corrections SET requested_at = now() - interval '1 minute' WHERE id = 'c0'")
+    in_order = "SELECT id FROM usage_totals ORDER BY bucket_start"
+    async with db.transaction(resources.engine) as draining:
+        await draining.execute(text(f"{in_order} LIMIT 1 FOR UPDATE"))
+        cancelling = asyncio.create_task(cancel_events(resources, datetime.now(UTC)))
+        await wait_until_blocked(resources)
+        await draining.execute(text(f"{in_order} FOR UPDATE"))
+    assert await cancelling == 2
+    assert await read_all(resources, ROWS) == [("c0", "cancel", "done", None), ("c1", "cancel", "done", None)]
 
 
 @pytest.mark.parametrize("kind", ["error_500", "error_500_after", "timeout_after", "drop_before", "rate_limit"])

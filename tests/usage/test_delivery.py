@@ -19,6 +19,8 @@ from tallystick.usage.delivery import CHOOSE, SETTLE, backoff, deliver, deliver_
 from tallystick.usage.late import UNKNOWN_FOR_AT_MOST
 from tallystick.usage.ledger import record_events
 from tallystick.usage.meters import refresh_meters
+from tallystick.usage.parts import STRIPE_TAKES_FOR
+from tallystick.usage.rates import wait_to_ask
 from tallystick.usage.reconciliation import reconcile_sent
 from tallystick.usage.sealing import seal_everything
 from tallystick.usage.senders.meter_events import send_meter_events
@@ -174,6 +176,21 @@ async def test_a_worker_that_died_while_sending_is_replaced_after_its_lease(
     assert (await conservation(resources)).sent == 1
 
 
+@pytest.mark.parametrize("minutes", range(0, 60, 15))
+async def test_what_stripe_still_takes_is_sent_as_late_in_its_hour_as_need_be(
+    resources: Resources, fake_stripe: FakeStripe, minutes: int
+) -> None:
+    """Sealed when the hour's beginning is too old already, and its end is not."""
+    await make_deliveries(resources, fake_stripe)
+    start = last_hour(0) - timedelta(days=33)
+    async with db.transaction(resources.engine) as connection:
+        await record_events(connection, [make_event(at=start + timedelta(minutes=30))], accepted_already=True)
+    now = start + STRIPE_TAKES_FOR + timedelta(minutes=minutes)
+    await seal_everything(resources, now)
+    await deliver_all(resources, now)
+    assert await read_all(resources, "SELECT state, reason FROM usage_deliveries") == [("sent", None)]
+
+
 async def test_an_outcome_unknown_for_too_long_is_not_sent_again(resources: Resources, fake_stripe: FakeStripe) -> None:
     await make_deliveries(resources, fake_stripe, "1")
     now = datetime.now(UTC)
@@ -212,6 +229,21 @@ async def test_the_rate_limit_is_shared_by_all_workers(resources: Resources, fak
     assert await deliver(slow, now) <= 1
     assert await deliver_all(resources, now) >= 1
     assert await read_all(resources, STATES) == [("sent", 7)]
+
+
+@pytest.mark.parametrize("tokens", [0, 80])
+async def test_a_clock_of_postgresql_that_is_set_back_stops_nothing(
+    resources: Resources, fake_stripe: FakeStripe, tokens: int
+) -> None:
+    await make_deliveries(resources, fake_stripe, "1")
+    await run(
+        resources,
+        "INSERT INTO rate_limits VALUES ('stripe', :tokens, clock_timestamp() + interval '1 hour')",
+        tokens=tokens,
+    )
+    async with asyncio.timeout(5):
+        assert await deliver_all(resources, datetime.now(UTC)) == 1
+        await wait_to_ask(resources)
 
 
 async def test_every_try_is_recorded_and_its_key_names_the_delivery(

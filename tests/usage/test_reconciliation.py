@@ -13,8 +13,10 @@ from tallystick.resources import Resources
 from tallystick.usage import reconciliation
 from tallystick.usage.agreement import LAG
 from tallystick.usage.board import measure_periods
+from tallystick.usage.delivery import deliver as deliver_once
 from tallystick.usage.delivery import deliver_all
 from tallystick.usage.meters import refresh_meters
+from tallystick.usage.rates import wait_to_ask
 from tallystick.usage.reconciliation import ASK_AFTER, ASK_AFTER_WITH_DRAFT, LEASE, reconcile_sent
 from tests.conftest import FakeStripe
 from tests.usage.making import METER, conservation, last_hour, make_customer, make_invoice, make_period, read_all, run
@@ -357,14 +359,58 @@ async def test_a_customer_with_a_draft_invoice_is_asked_for_first(
     assert waits != ends
 
 
+async def test_each_has_its_turn_though_the_oldest_never_agrees(
+    resources: Resources, fake_stripe: FakeStripe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconciliation, "PAIRS_PER_RUN", 1)
+    oldest, _ = await make_deliveries_of_two(resources, fake_stripe)
+    now = await deliver(resources)
+    await configure(fake_stripe, summary_lag_seconds=3600)
+    older = "UPDATE usage_deliveries SET settled_at = settled_at - interval '1 minute' WHERE customer = :customer"
+    await run(resources, older, customer=oldest)
+    for turn in (1, 2):
+        assert await reconcile_sent(resources, now + turn * ASK_AFTER) == 1
+    assert await read_all(resources, "SELECT count(*) FROM usage_checks WHERE checked_at IS NOT NULL") == [(2,)]
+
+
+def limited(resources: Resources, calls_per_second: int) -> Resources:
+    settings = resources.settings.model_copy(update={"stripe_calls_per_second": calls_per_second})
+    return dataclasses.replace(resources, settings=settings)
+
+
 async def test_asking_stays_within_the_limit_that_deliveries_have(
     resources: Resources, fake_stripe: FakeStripe
 ) -> None:
-    settings = resources.settings.model_copy(update={"stripe_calls_per_second": 20})
-    slow = dataclasses.replace(resources, settings=settings)
+    slow = limited(resources, 20)
     await make_deliveries(slow, fake_stripe, "5")
     now = await deliver(slow)
-    await run(resources, "UPDATE rate_limits SET tokens = 0, refilled_at = clock_timestamp() + interval '0.2 s'")
+    # Ten are half a second's calls; those that are missing take 0.2 s.
+    await run(resources, "UPDATE rate_limits SET tokens = 6, refilled_at = clock_timestamp()")
     began = asyncio.get_running_loop().time()
     assert await reconcile_sent(slow, now + ASK_AFTER) == 1
     assert asyncio.get_running_loop().time() - began > 0.2
+
+
+@pytest.mark.parametrize("calls_per_second", [1, 2, 20])
+async def test_asking_leaves_calls_for_what_is_to_be_told(
+    resources: Resources, fake_stripe: FakeStripe, calls_per_second: int
+) -> None:
+    slow = limited(resources, calls_per_second)
+    await make_deliveries(slow, fake_stripe, "5")
+    await run(resources, "INSERT INTO rate_limits VALUES ('stripe', 1, clock_timestamp())")
+    asking = [asyncio.create_task(wait_to_ask(slow)) for _ in range(reconciliation.CONCURRENCY)]
+    try:
+        await wait_until(lambda: has_looked(resources))
+        assert await deliver_once(slow, datetime.now(UTC)) == 1
+        # What telling leaves is asked with.
+        await run(resources, "UPDATE rate_limits SET tokens = 20")
+        await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+
+
+async def has_looked(resources: Resources) -> bool:
+    """Whether somebody has looked into the bucket and left what is in it."""
+    return await read_all(resources, "SELECT tokens > 1 FROM rate_limits") == [(True,)]

@@ -10,12 +10,21 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
 from tallystick import db
+from tallystick.redis_client import REDIS_ERRORS, create_redis
 from tallystick.resources import Resources
 from tallystick.usage.buffer import claim_and_append
 from tallystick.usage.events import MAX_DECIMALS, MAX_DIGITS, UsageEvent, plain
 from tallystick.usage.ledger import record_events
 from tallystick.usage.parts import STRIPE_MAX_AGE, delivery_timestamp, split_value
-from tallystick.usage.sealing import FIND_CUSTOMERS, LOCK_DUE, answer_seal_requests, seal_due, seal_everything
+from tallystick.usage.sealing import (
+    FAILURES_AT_MOST,
+    FIND_CUSTOMERS,
+    LOCK_DUE,
+    answer_seal_requests,
+    seal_due,
+    seal_everything,
+)
+from tests.conftest import make_settings
 from tests.usage.making import (
     CUSTOMER,
     METER,
@@ -130,6 +139,26 @@ async def test_a_drafted_invoice_seals_what_is_still_in_the_buffer(resources: Re
     assert await read_all(resources, "SELECT customer FROM usage_deliveries") == [(CUSTOMER,)]
 
 
+async def test_what_the_ledger_has_is_sealed_while_redis_is_away(resources: Resources) -> None:
+    now = datetime.now(UTC)
+    await make_customer(resources)
+    await make_meter(resources)
+    await run(resources, "INSERT INTO seal_requests (customer, invoice) VALUES (:customer, 'in_1')", customer=CUSTOMER)
+    events = [make_event(f"e{n}", at=last_hour() - timedelta(hours=n)) for n in range(3)]
+    away = dataclasses.replace(resources, redis=create_redis(make_settings()))
+    await record(resources, events[0])
+    with pytest.raises(REDIS_ERRORS):
+        await answer_seal_requests(away, now)
+    await record(resources, events[1])
+    with pytest.raises(REDIS_ERRORS):
+        await seal_everything(away, now)
+    assert len(await read_all(resources, DELIVERIES)) == 2
+    # What waits in Redis is part of the invoice, too.
+    await claim_and_append(resources.redis, events[2:], now, dedupe_hours=72, max_bytes=10**9)
+    assert await answer_seal_requests(resources, now) == 1
+    assert len(await read_all(resources, DELIVERIES)) == 3
+
+
 async def test_a_boundary_learnt_after_the_events_cuts_their_total_before_it_is_sealed(resources: Resources) -> None:
     await make_customer(resources)
     await make_meter(resources)
@@ -182,10 +211,32 @@ async def test_a_total_that_cannot_be_sealed_holds_up_no_other(resources: Resour
             await seal_everything(resources, datetime.now(UTC))
     finally:
         await run(resources, "ALTER TABLE usage_deliveries DROP CONSTRAINT not_this_one")
-    sealed = "SELECT customer FROM usage_deliveries ORDER BY id"
+    sealed = "SELECT customer FROM usage_deliveries ORDER BY customer"
     assert await read_all(resources, sealed) == [("cus_b",), ("cus_c",)]
     assert await seal_everything(resources, datetime.now(UTC)) == 1
-    assert await read_all(resources, sealed) == [("cus_b",), ("cus_c",), ("cus_a",)]
+    assert await read_all(resources, sealed) == [("cus_a",), ("cus_b",), ("cus_c",)]
+
+
+async def test_many_totals_that_cannot_be_sealed_do_not_hold_up_the_others_for_ever(resources: Resources) -> None:
+    await make_meter(resources)
+    for name in "az":
+        await make_customer(resources, ref=name, customer=f"cus_{name}")
+    hours = [last_hour() - timedelta(hours=n) for n in range(FAILURES_AT_MOST)]
+    bad = [make_event(f"a{n}", at=at, customer_ref="a") for n, at in enumerate(hours)]
+    await record(resources, *bad, make_event("z", at=last_hour(), customer_ref="z"))
+    await run(resources, "ALTER TABLE usage_deliveries ADD CONSTRAINT not_these CHECK (customer <> 'cus_a') NOT VALID")
+    sealed: list[tuple[object, ...]] = []
+    try:
+        # Each run begins with one of the two.
+        for _ in range(40):
+            with pytest.raises(IntegrityError):
+                await seal_everything(resources, datetime.now(UTC))
+            if sealed := await read_all(resources, "SELECT customer FROM usage_deliveries"):
+                break
+    finally:
+        await run(resources, "ALTER TABLE usage_deliveries DROP CONSTRAINT not_these")
+    assert sealed == [("cus_z",)]
+    assert await seal_everything(resources, datetime.now(UTC)) == len(bad)
 
 
 async def test_sealing_looks_up_the_customers_of_its_totals_and_not_all(resources: Resources) -> None:

@@ -10,17 +10,23 @@ from typing import Any
 import pytest
 
 from tallystick import db
+from tallystick.loops import run_loops
 from tallystick.resources import Resources
 from tallystick.rules import RulesFile
 from tallystick.stripe_gateway import MeterEventSession
+from tallystick.usage import delivery
 from tallystick.usage.delivery import deliver, deliver_all
 from tallystick.usage.error_reports import fetch_error_reports, find_error_reports
 from tallystick.usage.ledger import record_events
 from tallystick.usage.parked import resend
 from tallystick.usage.sealing import seal_everything
+from tallystick.usage.senders.meter_events import send_meter_events
+from tallystick.usage.senders.outcomes import Outcome
+from tallystick.worker import LOOPS
 from tests.conftest import FakeStripe
 from tests.usage.making import METER, conservation, last_hour, make_customer, make_event, read_all, run
 from tests.usage.test_delivery import make_deliveries, misbehave, next_due, taken_by_stripe
+from tests.waiting import wait_until
 
 STREAM = "/v2/billing/meter_event_stream"
 SESSION = "/v2/billing/meter_event_session"
@@ -278,3 +284,34 @@ async def test_a_customer_and_meter_has_one_delivery_on_its_way_whichever_sender
     await misbehave(fake_stripe, "slow", seconds="0.1", path="/v[12]/billing/meter_event[s_]*")
     assert await deliver(resources, datetime.now(UTC)) == 1
     assert await deliver_all(resources, datetime.now(UTC)) == 1
+
+
+async def test_a_sender_is_served_while_another_is_busy(
+    resources: Resources, fake_stripe: FakeStripe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await make_streamed(resources, fake_stripe, 2)
+    await run(resources, "UPDATE usage_deliveries SET sender = 'meter_events' WHERE customer <> 'cus_1'")
+    await run(resources, "UPDATE usage_deliveries SET next_attempt_at = 'infinity' WHERE customer = 'cus_1'")
+    answered = asyncio.Event()
+
+    async def take_long(*arguments: Any, **named: Any) -> list[Outcome]:
+        await answered.wait()
+        return await send_meter_events(*arguments, **named)
+
+    monkeypatch.setattr(delivery, "send_meter_events", take_long)
+
+    async def has(streamed: str, called: str) -> bool:
+        states = await read_all(resources, "SELECT sender, state FROM usage_deliveries ORDER BY sender")
+        return states == [("meter_event_stream", streamed), ("meter_events", called)]
+
+    stop = asyncio.Event()
+    loops = [dataclasses.replace(loop, every_seconds=0.02) for loop in LOOPS if loop.name.startswith("deliver")]
+    working = asyncio.create_task(run_loops(resources, loops, stop))
+    try:
+        await wait_until(lambda: has("pending", "sending"))
+        await run(resources, "UPDATE usage_deliveries SET next_attempt_at = now() WHERE customer = 'cus_1'")
+        await wait_until(lambda: has("sent", "sending"))
+    finally:
+        stop.set()
+        answered.set()
+        await working

@@ -64,15 +64,14 @@ class Judgement:
 def judge(hour: Hour, theirs: Decimal | None, formula: str, now: datetime) -> Judgement:
     """Compare an hour with Stripe's value of it; None: Stripe has no value there."""
     settled = hour.settled_at is None or hour.settled_at <= now - LAG
-    explanations = _explain_last(hour) if formula == "last" else _explain_sum(hour, formula)
-    ours = explanations[0].value or Decimal(0)
+    ours = _known(hour, formula) or Decimal(0)
     if hour.on_its_way:
         return Judgement("waits", ours)
     if theirs is None and formula != "last":
         theirs = Decimal(0)
-    fitting = [explanation for explanation in explanations if _equal(explanation.value, theirs)]
     # With several no one knows which; and while summaries may lag, a part of what was taken may look like another part.
-    if len(fitting) != 1 or not (settled or fitting[0].whole) or len(hour.unknown) > MOST_UNKNOWN:
+    fitting = _find_fitting(hour, theirs, formula)
+    if len(fitting) != 1 or not (settled or fitting[0].whole):
         return Judgement("differs" if settled else "waits", ours)
     return Judgement(
         "agrees", ours, hour.sent, fitting[0].taken, fitting[0].not_taken, superseded=fitting[0].superseded
@@ -90,23 +89,39 @@ class _Explanation:
     superseded: tuple[int, ...] = ()
 
 
+def _known(hour: Hour, formula: str) -> Decimal | None:
+    """What Stripe would say, had it taken none of the unknown ones."""
+    if formula == "last":
+        return hour.latest
+    return Decimal(hour.number) if formula == "count" else hour.total
+
+
+def _find_fitting(hour: Hour, theirs: Decimal | None, formula: str) -> list[_Explanation]:
+    """What would explain Stripe's value; nothing where there is too much to choose from."""
+    if len(hour.unknown) > MOST_UNKNOWN:
+        return []
+    explanations = _explain_last(hour) if formula == "last" else _explain_sum(hour, formula)
+    return [explanation for explanation in explanations if _equal(explanation.value, theirs)]
+
+
 def _explain_sum(hour: Hour, formula: str) -> list[_Explanation]:
-    """One explanation for each selection of the unknown ones, the one without any first."""
+    """One explanation for each selection of the unknown ones that may be the only one with its value."""
     # Whether a 0 was taken changes nothing, and so nothing could tell.
     idle = tuple(id for id, value, _ in hour.unknown if formula == "sum" and value == 0)
-    unknown = [(id, value) for id, value, _ in hour.unknown if id not in idle][:MOST_UNKNOWN]
+    unknown = [(id, value) for id, value, _ in hour.unknown if id not in idle]
     # Else Stripe may have more than all of it as long as what takes usage back is not in its summary yet.
     only_grows = formula == "count" or not (hour.takes_back or any(value < 0 for _, value in unknown))
+    # A number between none and all of them fits several selections.
+    sizes = {0, len(unknown)} if formula == "count" else range(len(unknown) + 1)
+    known = _known(hour, formula) or Decimal(0)
     explanations = []
-    for size in range(len(unknown) + 1):
-        for chosen in combinations(unknown, size):
-            with localcontext(prec=200):  # the default context would round at 28 digits
-                added = Decimal(size) if formula == "count" else sum((value for _, value in chosen), Decimal(0))
-                value = (Decimal(hour.number) if formula == "count" else hour.total) + added
+    with localcontext(prec=200):  # the default context would round at 28 digits
+        for chosen in (chosen for size in sizes for chosen in combinations(unknown, size)):
+            added = Decimal(len(chosen)) if formula == "count" else sum((value for _, value in chosen), Decimal(0))
             taken = tuple(id for id, _ in chosen)
             not_taken = tuple(id for id, _ in unknown if id not in taken)
             whole = not unknown or (only_grows and not not_taken)
-            explanations.append(_Explanation(value, whole, taken + idle, not_taken))
+            explanations.append(_Explanation(known + added, whole, taken + idle, not_taken))
     return explanations
 
 

@@ -306,6 +306,27 @@ async def read_entries(redis: Redis, consumer: str, count: int, *, reclaim_after
     return [Entry(id, fields) for id, fields in entries]
 
 
+async def find_newest(redis: Redis) -> tuple[int, int]:
+    """The place of the newest batch that was ever appended; compares with `place_of` of an entry."""
+    try:
+        about: Any = await redis.xinfo_stream(STREAM)
+    except ResponseError as error:
+        if "no such key" not in str(error):
+            raise
+        return 0, 0
+    return _read_place(about["last-generated-id"])
+
+
+def place_of(entry: Entry) -> tuple[int, int]:
+    """Where in the stream a batch is: the later, the greater."""
+    return _read_place(entry.id)
+
+
+def _read_place(id: bytes) -> tuple[int, int]:
+    milliseconds, _, number = id.partition(b"-")
+    return int(milliseconds), int(number)
+
+
 async def _create_group(redis: Redis) -> None:
     try:
         await redis.xgroup_create(STREAM, GROUP, id="0", mkstream=True)

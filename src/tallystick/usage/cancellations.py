@@ -45,7 +45,7 @@ LEASE_MARGIN = timedelta(seconds=15)
 FIND_DUE = text("""
     SELECT c.* FROM usage_corrections c
      WHERE c.state = 'pending' AND c.next_attempt_at <= :now
-     ORDER BY c.requested_at LIMIT :limit
+     ORDER BY c.requested_at LIMIT 1
        FOR UPDATE SKIP LOCKED
 """)
 
@@ -83,21 +83,28 @@ async def cancel_events(resources: Resources, now: datetime) -> int:
     lease_until = (
         now + CORRECTIONS_PER_RUN * timedelta(seconds=resources.settings.stripe_timeout_seconds) + LEASE_MARGIN
     )
+    done = 0
+    while done < CORRECTIONS_PER_RUN and await _cancel_next(resources, lease_until, now):
+        done += 1
+    return done
+
+
+async def _cancel_next(resources: Resources, lease_until: datetime, now: datetime) -> bool:
+    """Take the next correction that is due; whether there was one."""
+    # One a transaction: each locks its event's total, and several would be locked in another order than the drain's.
     async with db.transaction(resources.engine) as connection:
-        due = (await connection.execute(FIND_DUE, {"now": now, "limit": CORRECTIONS_PER_RUN})).all()
-        asked = [
-            each
-            for correction in due
-            if (each := await _prepare(connection, resources, correction, lease_until, now)) is not None
-        ]
-    for each in asked:
-        outcome = await cancel_meter_event(resources.stripe, event_name=each.event_name, identifier=each.identifier)
+        correction = (await connection.execute(FIND_DUE, {"now": now})).one_or_none()
+        if correction is None:
+            return False
+        asked = await _prepare(connection, resources, correction, lease_until, now)
+    if asked is not None:
+        outcome = await cancel_meter_event(resources.stripe, event_name=asked.event_name, identifier=asked.identifier)
         # Died here: Stripe has cancelled it, we do not know; the next try hears that it is cancelled already.
         async with db.transaction(resources.engine) as connection:
-            await _settle(connection, resources, each, outcome, now)
+            await _settle(connection, resources, asked, outcome, now)
         if outcome.state != "sent":
-            log.warning("event_not_cancelled", identifier=each.identifier, reason=outcome.reason)
-    return len(due)
+            log.warning("event_not_cancelled", identifier=asked.identifier, reason=outcome.reason)
+    return True
 
 
 async def _prepare(

@@ -35,6 +35,7 @@ from tallystick.resources import Resources
 from tallystick.rules import Rules
 from tallystick.usage.late import MAY_BE_CLOSED, Taken, mark_taken_late, prices_of, set_aside
 from tallystick.usage.parking import announce_parked
+from tallystick.usage.rates import refill, take
 from tallystick.usage.senders.meter_event_stream import send_stream
 from tallystick.usage.senders.meter_events import send_meter_events
 from tallystick.usage.senders.outcomes import Message, Outcome
@@ -61,18 +62,6 @@ STREAM_SECONDS = 60
 MAX_BACKOFF_SECONDS = 300
 
 CLAIM_LOCK = 0x7A13
-
-# Tokens are whole deliveries; what a second adds is the limit, and a pause saves up at most one second of it.
-TAKE_TOKENS = text("""
-    INSERT INTO rate_limits AS l (name, tokens, refilled_at) VALUES (:name, :per_second, clock_timestamp())
-    ON CONFLICT (name) DO UPDATE SET
-        tokens = least(:per_second,
-                       l.tokens + :per_second * extract(epoch FROM clock_timestamp() - l.refilled_at)),
-        refilled_at = clock_timestamp()
-    RETURNING floor(tokens)
-""")
-
-USE_TOKENS = text("UPDATE rate_limits SET tokens = tokens - :used WHERE name = :name")
 
 FIND_SENDERS = text("""
     SELECT s.sender FROM unnest(CAST(:senders AS text[])) AS s(sender)
@@ -203,14 +192,23 @@ async def deliver(resources: Resources, now: datetime) -> int:
 
 async def deliver_all(resources: Resources, now: datetime) -> int:
     """Send until nothing is due. What is to be retried later is left for later."""
+    return await _deliver_until_done(resources, now, SENDERS)
+
+
+async def deliver_by(resources: Resources, now: datetime, *, sender: Sender) -> int:
+    """The worker's loop of one sender, for which no other sender's long run is waited: as `deliver_all`."""
+    return await _deliver_until_done(resources, now, [sender])
+
+
+async def _deliver_until_done(resources: Resources, now: datetime, senders: Sequence[Sender]) -> int:
     async with db.transaction(resources.engine) as connection:
-        found = await connection.execute(FIND_SENDERS, {"senders": list(SENDERS), "now": now})
+        found = await connection.execute(FIND_SENDERS, {"senders": list(senders), "now": now})
         busy: list[Sender] = list(found.scalars())
-    runs = [_deliver_by(resources, sender, now) for sender in busy for _ in range(CLAIMS_AT_ONCE)]
+    runs = [_take_turns(resources, sender, now) for sender in busy for _ in range(CLAIMS_AT_ONCE)]
     return sum(await all_ended(runs))
 
 
-async def _deliver_by(resources: Resources, sender: Sender, started_at: datetime) -> int:
+async def _take_turns(resources: Resources, sender: Sender, started_at: datetime) -> int:
     began = monotonic()
     delivered, place = 0, BEGINNING
     while True:
@@ -274,8 +272,7 @@ async def _claim(
     # Claims come one after the other, so that two workers cannot both pick a delivery of one (customer, meter).
     await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": CLAIM_LOCK})
     name, per_second = _rate(settings, sender)
-    tokens = Decimal((await connection.execute(TAKE_TOKENS, {"name": name, "per_second": per_second})).scalar_one())
-    limit = min(int(tokens), PER_CLAIM[sender])
+    limit = min(int(await refill(connection, name, per_second)), PER_CLAIM[sender])
     wanted = {"sender": sender, "now": now, "limit": max(limit, 1), **place._asdict()}
     chosen = (await connection.execute(CHOOSE, wanted)).all()
     if not chosen:
@@ -300,7 +297,7 @@ async def _claim(
         item, before = records.get(id, (None, Decimal(0)))
         record = Record(message, item, before + value) if id in records else None
         claimed.append(Claimed(id, message, unknown_before, record))
-    await connection.execute(USE_TOKENS, {"name": name, "used": len(claimed)})
+    await take(connection, name, len(claimed))
     return Turn(len(chosen), len(claimed), reached), claimed
 
 

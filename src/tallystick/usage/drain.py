@@ -7,12 +7,14 @@ takes them over; a crash after it hands them out once more, and the ledger recog
 import asyncio
 import os
 import socket
+from collections.abc import Callable
 from datetime import datetime, timedelta
+from time import monotonic
 
 from tallystick import db
 from tallystick.loops import all_ended
 from tallystick.resources import Resources
-from tallystick.usage.buffer import Entry, acknowledge, read_entries
+from tallystick.usage.buffer import Entry, acknowledge, find_newest, place_of, read_entries
 from tallystick.usage.ledger import record_events
 
 # An entry holds what requests brought that came together, some thousand events at the most. These are some megabytes.
@@ -26,24 +28,51 @@ LANES = 2
 # Those of one that is only slow are recorded twice, which the ledger's key makes harmless.
 RECLAIM_AFTER = timedelta(seconds=15)
 
+# A run of the worker's loop ends now and then, so that it is seen to run and follows the rules as they are.
+RUN_SECONDS = 10
+
 CONSUMER = f"{socket.gethostname()}:{os.getpid()}"
 
 
 async def drain(resources: Resources, now: datetime, *, reclaim_after: timedelta = RECLAIM_AFTER) -> int:
-    """Move all that waits in Redis into the ledger; how many events were read."""
+    """Move into the ledger what waits in Redis at this moment; how many events were read.
+
+    What comes meanwhile is only taken with it: under steady traffic there would be no end, and the callers have
+    something to do that must not be put off.
+    """
+    newest = await find_newest(resources.redis)
+    return await _drain_until(lambda entries: place_of(entries[-1]) >= newest, resources, now, reclaim_after)
+
+
+async def drain_on(resources: Resources, now: datetime) -> int:
+    """The worker's loop: move usage into the ledger as long as there is some, without a pause; how many events."""
+    ends = monotonic() + RUN_SECONDS
+    return await _drain_until(lambda _: monotonic() >= ends, resources, now, RECLAIM_AFTER)
+
+
+async def _drain_until(
+    is_enough: Callable[[list[Entry]], bool], resources: Resources, now: datetime, reclaim_after: timedelta
+) -> int:
+    """Drain until nothing is left or a reading is enough. They come in order, so that all before it was read, too."""
     drained = 0
     while entries := await _read(resources, reclaim_after):
-        lanes = [_drain_lane(resources, some, now) for some in (entries, *([] for _ in range(LANES - 1)))]
+        lanes = [_drain_lane(is_enough, resources, some, now) for some in (entries, *([] for _ in range(LANES - 1)))]
         drained += sum(await all_ended(lanes))
+        if is_enough(entries):
+            break
     return drained
 
 
-async def _drain_lane(resources: Resources, entries: list[Entry], now: datetime) -> int:
+async def _drain_lane(
+    is_enough: Callable[[list[Entry]], bool], resources: Resources, entries: list[Entry], now: datetime
+) -> int:
     drained = 0
     # What the other lane has in hand was taken a moment ago, so this one does not take it for abandoned.
     while entries := entries or await _read(resources, RECLAIM_AFTER):
         for batch in _split(entries):
             drained += await _record(resources, batch, now)
+        if is_enough(entries):
+            break
         entries = []
     return drained
 

@@ -34,6 +34,6 @@ async def flush(resources: Resources, now: datetime) -> Flushed:
     finally:
         sealing.cancel()  # nothing, if it has ended
         await asyncio.gather(sealing, return_exceptions=True)
-    sealed = sealing.result()
+    # What could be sealed is sent, also when something else could not.
     tried += await deliver_all(resources, now + timedelta(seconds=monotonic() - began))
-    return Flushed(sealed, tried)
+    return Flushed(sealing.result(), tried)

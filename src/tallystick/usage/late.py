@@ -21,10 +21,7 @@ from tallystick import db
 from tallystick.resources import Resources
 from tallystick.rules import Rules
 from tallystick.usage.parking import announce_parked
-
-# Stripe refuses older timestamps (https://docs.stripe.com/api/billing/meter-event/create). The hour is for a delivery
-# that is tried some times before Stripe takes it.
-STRIPE_TAKES_FOR = timedelta(days=35, hours=-1)
+from tallystick.usage.parts import STRIPE_TAKES_FOR
 
 # Stripe keeps an identifier for at least 24 hours; after that, saying it again could bill it again.
 UNKNOWN_FOR_AT_MOST = timedelta(hours=23)

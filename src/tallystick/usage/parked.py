@@ -23,8 +23,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tallystick.rules import Rules
 from tallystick.usage.events import plain
-from tallystick.usage.late import STRIPE_TAKES_FOR, carry, find_closed
+from tallystick.usage.late import carry, find_closed
 from tallystick.usage.parking import explain_reason
+from tallystick.usage.parts import STRIPE_TAKES_FOR
 
 _COLUMNS = """
     d.id, d.identifier, d.customer, d.event_name, d.value, d.events, d.aggregation, d.sender, d.timestamp, d.state,

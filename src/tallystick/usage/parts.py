@@ -26,9 +26,11 @@ from tallystick.usage.periods import Period, Usage, find_periods
 LARGEST_PART = Decimal(10) ** MAX_DIGITS - 1
 MAX_SUM_DIGITS = 100
 
-# Stripe refuses timestamps older than this; what is closer to it than a day of retries would need is not worth the try.
+# Stripe refuses timestamps older than this (https://docs.stripe.com/api/billing/meter-event/create). The hour is for a
+# delivery that is tried some times before Stripe takes it, and ten minutes more for one that waits to be tried.
 STRIPE_MAX_AGE = timedelta(days=35)
-STRIPE_TAKES_SAFELY = STRIPE_MAX_AGE - timedelta(minutes=10)
+STRIPE_TAKES_FOR = STRIPE_MAX_AGE - timedelta(hours=1)
+STRIPE_TAKES_SAFELY = STRIPE_TAKES_FOR - timedelta(minutes=10)
 
 # Of one total, and of one transaction: each is a row that is changed and one that is made.
 COUNTED_PER_SEAL = 5_000

@@ -62,7 +62,8 @@ ADD_UP = text("""
            CASE WHEN c.aggregation IN ('sum', 'count') THEN sum(c.quantity)
                 WHEN c.aggregation = 'max' THEN max(c.quantity)
                 WHEN c.aggregation = 'last' THEN
-                     (array_agg(c.quantity ORDER BY c.last_at DESC NULLS LAST, c.last_key DESC, c.bucket_start DESC))[1]
+                     (array_agg(c.quantity ORDER BY c.last_at DESC NULLS LAST, c.last_key COLLATE "C" DESC,
+                                                    c.bucket_start DESC))[1]
                 ELSE coalesce(min(u.quantity), 0) END AS quantity,
            sum(c.events)::bigint AS events
       FROM chosen c LEFT JOIN uniques u USING (meter, place)

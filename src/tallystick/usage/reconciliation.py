@@ -2,7 +2,7 @@
 
     1. claim    customers and meters with deliveries that Stripe took some minutes ago, those with a draft invoice
                 first; a lease keeps other workers off
-    2. ask      Stripe's event summaries of the hours in question, within the rate limit that all workers share
+    2. ask      Stripe's event summaries of the hours in question, with the calls that deliveries leave (usage/rates.py)
     3. judge    each hour by itself (usage/agreement.py): agrees, waits for the summaries to catch up, or differs
     4. write    `confirmed`, or a drift with both numbers; what nobody knew the outcome of is settled
 
@@ -28,6 +28,7 @@ from tallystick.resources import Resources
 from tallystick.stripe_gateway import STRIPE_ERRORS
 from tallystick.usage.agreement import Hour, Judgement, judge
 from tallystick.usage.meters import Meter, read_meters
+from tallystick.usage.rates import wait_to_ask
 
 log = structlog.get_logger()
 
@@ -50,6 +51,8 @@ LEASE = timedelta(minutes=15)
 
 SUMMARIES_PER_PAGE = 100
 
+# Those whose turn was longest ago, so that hours which do not agree leave room for others. One that was never answered
+# has only the time when it is to be asked again.
 CLAIM = text("""
     WITH unsettled AS (
         SELECT customer, event_name, min(settled_at) AS since
@@ -74,7 +77,7 @@ CLAIM = text("""
            AND CASE WHEN draft THEN since <= :settled_with_draft
                                     AND coalesce(c.checked_at, '-infinity') <= :settled_with_draft
                     ELSE since <= :settled AND coalesce(c.next_check_at, '-infinity') <= :now END
-         ORDER BY draft DESC, since LIMIT :limit
+         ORDER BY draft DESC, coalesce(c.checked_at, c.next_check_at) NULLS FIRST, since LIMIT :limit
     )
     INSERT INTO usage_checks AS c (customer, event_name, leased_until)
     SELECT customer, event_name, :leased_until FROM due ORDER BY customer, event_name
@@ -179,17 +182,6 @@ NOTE_CHECK = text("""
 POSTPONE = text("""
     UPDATE usage_checks SET next_check_at = :next_check_at, leased_until = '-infinity'
      WHERE customer = :customer AND event_name = :event_name
-""")
-
-# The bucket that deliveries take from too: what is asked must not make what is told exceed Stripe's limit.
-TAKE_CALL = text("""
-    INSERT INTO rate_limits AS l (name, tokens, refilled_at) VALUES ('stripe', :per_second - 1, clock_timestamp())
-    ON CONFLICT (name) DO UPDATE SET
-        tokens = least(:per_second,
-                       l.tokens + :per_second * extract(epoch FROM clock_timestamp() - l.refilled_at)) - 1,
-        refilled_at = clock_timestamp()
-     WHERE least(:per_second, l.tokens + :per_second * extract(epoch FROM clock_timestamp() - l.refilled_at)) >= 1
-    RETURNING true
 """)
 
 
@@ -342,7 +334,7 @@ async def _read_summaries(
     }
     values: dict[datetime, Decimal] = {}
     while True:
-        await _wait_for_call(resources)
+        await wait_to_ask(resources)
         answer = await resources.stripe.raw_request_async(
             "get", f"/v1/billing/meters/{meter.id}/event_summaries", **parameters
         )
@@ -355,15 +347,6 @@ async def _read_summaries(
         if not page["has_more"] or not page["data"]:
             return values
         parameters["starting_after"] = page["data"][-1]["id"]
-
-
-async def _wait_for_call(resources: Resources) -> None:
-    per_second = resources.settings.stripe_calls_per_second
-    while True:
-        async with db.transaction(resources.engine) as connection:
-            if await connection.scalar(TAKE_CALL, {"per_second": per_second}):
-                return
-        await asyncio.sleep(1 / per_second)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ of one quantity: the number and the quantity move together in one transaction.
 """
 
 import hashlib
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -27,6 +28,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tallystick import db
+from tallystick.redis_client import REDIS_ERRORS
 from tallystick.resources import Resources
 from tallystick.rules import MeterRules
 from tallystick.usage.aggregations import NO_RULES
@@ -36,13 +38,14 @@ from tallystick.usage.events import plain
 from tallystick.usage.meters import read_meters
 from tallystick.usage.parking import announce_parked
 from tallystick.usage.parts import COUNTED_PER_SEAL, STRIPE_MAX_AGE, Part, Total, list_parts
+from tallystick.usage.sealing_requests import forget_requests, read_requests
 
 # To find what is due costs a look at all that is open, so it is done once for many; it is sealed in transactions of a
 # bounded size: a running value takes a lock for each customer and meter, of which PostgreSQL has room for some
 # thousands, and the drain waits for what is locked.
 FOUND_AT_ONCE = 50_000
 TOTALS_PER_TRANSACTION = 1_000
-# Of totals that PostgreSQL refuses; after more of them it is not they that are wrong.
+# Of totals that PostgreSQL refuses, one after the other; after more of them it is not they that are wrong.
 FAILURES_AT_MOST = 10
 
 # Usage of an hour that has just ended may still be on its way through Redis.
@@ -176,32 +179,39 @@ async def seal_due(resources: Resources, now: datetime) -> int:
 
 
 async def seal_everything(resources: Resources, now: datetime) -> int:
-    """Drain, then seal every total that a linked customer has: what `tallystick flush` does before it delivers."""
-    await drain(resources, now)
-    return await _seal_all(resources, now, "true", {}, locked="")
+    """Drain, then seal every total that a linked customer has. If the drain fails, that is raised at the end."""
+    not_drained = await _drain_first(resources, now)
+    sealed = await _seal_all(resources, now, "true", {}, locked="")
+    if not_drained:
+        raise not_drained
+    return sealed
 
 
 async def answer_seal_requests(resources: Resources, now: datetime) -> int:
     """For each customer with a freshly drafted invoice: drain, seal everything, and only then forget the request."""
     async with db.transaction(resources.engine) as connection:
-        requests = (
-            await connection.execute(
-                text("SELECT customer, requested_at FROM seal_requests ORDER BY requested_at LIMIT 500")
-            )
-        ).all()
+        requests = await read_requests(connection)
     if not requests:
         return 0
-    await drain(resources, now)
-    customers = sorted(request.customer for request in requests)
+    not_drained = await _drain_first(resources, now)
+    customers = [request.customer for request in requests]
     await _seal_all(resources, now, "r.customer = ANY(:customers)", {"customers": customers}, locked="")
+    if not_drained:
+        # What is still in Redis belongs to the invoice too, so the requests stay.
+        raise not_drained
     # Died here: the requests are still there, and sealing again finds nothing left to seal.
     async with db.transaction(resources.engine) as connection:
-        for request in requests:
-            await connection.execute(
-                text("DELETE FROM seal_requests WHERE customer = :customer AND requested_at = :requested_at"),
-                {"customer": request.customer, "requested_at": request.requested_at},
-            )
+        await forget_requests(connection, requests)
     return len(requests)
+
+
+async def _drain_first(resources: Resources, now: datetime) -> Exception | None:
+    """Drain; what kept it from it. An invoice becomes final even while Redis is away."""
+    try:
+        await drain(resources, now)
+    except (*REDIS_ERRORS, *db.STORAGE_ERRORS) as error:
+        return error
+    return None
 
 
 async def _seal_all(
@@ -244,24 +254,26 @@ class _Run:
 async def _seal_or_seal_apart(run: _Run, found: Sequence[Any], failures: list[DBAPIError]) -> tuple[int, bool]:
     """Seal together; when PostgreSQL refuses, one by one, so that a total which cannot be sealed holds up no other.
 
-    What it refused goes into `failures`. It raises when the connection is lost, or they are many: it is not the totals.
+    What it refused goes into `failures`. It raises when the connection is lost, or many in a row are refused.
     """
     try:
         return await _seal_found(run, found)
     except DBAPIError as error:
         if error.connection_invalidated:
             raise
-    sealed, more = 0, False
-    for one in found:
+    sealed, more, in_a_row = 0, False, 0
+    # In another order each time: else the references behind one with many such totals would never have their turn.
+    turns = {one.customer_ref: random.random() for one in found}
+    for one in sorted(found, key=lambda one: turns[one.customer_ref]):
         try:
             count, again = await _seal_found(run, [one])
         except DBAPIError as refused:
             failures.append(refused)
-            if refused.connection_invalidated or len(failures) == FAILURES_AT_MOST:
+            in_a_row += 1
+            if refused.connection_invalidated or in_a_row == FAILURES_AT_MOST:
                 raise
         else:
-            sealed += count
-            more |= again
+            sealed, more, in_a_row = sealed + count, more or again, 0
     return sealed, more
 
 
