@@ -256,7 +256,7 @@ async def test_batches_that_touch_the_same_objects_in_opposite_orders_do_not_dea
     await asyncio.gather(*recording)
 
 
-async def wait_until_blocked_or_done(resources: Resources, *tasks: asyncio.Task[None]) -> None:
+async def wait_until_blocked_or_done(resources: Resources, *tasks: asyncio.Task[Any]) -> None:
     """Return when each task is done or waits for a lock."""
     async with resources.engine.connect() as watching:
         while await _count_blocked(watching) < sum(not task.done() for task in tasks):
