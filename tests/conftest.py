@@ -169,6 +169,7 @@ TABLES = [
     "customer_timeline",
     "customer_access",
     "customer_links",
+    "changed_refs",
     "period_boundaries",
     "billing_periods",
     "active_entitlements",

@@ -22,13 +22,21 @@ router = APIRouter(dependencies=[bearer], tags=["customers"])
 # Two that move one reference at once go one after the other, so that the timeline tells what really was before.
 LOCK_REFERENCE = text("SELECT pg_advisory_xact_lock(hashtextextended(:ref, 0))")
 
+# Others may go by the name as well: a customer that was deleted keeps it until somebody takes it (access/names.py).
 LINK = text("""
-    INSERT INTO customer_links AS t (ref, customer) VALUES (:ref, :customer)
-    ON CONFLICT (ref) DO UPDATE SET customer = excluded.customer, linked_at = now()
-     WHERE t.customer <> excluded.customer
+    WITH written AS (
+        INSERT INTO customer_links AS t (ref, customer) VALUES (:ref, :customer)
+        ON CONFLICT (ref) DO UPDATE SET customer = excluded.customer, linked_at = now()
+         WHERE t.customer <> excluded.customer
+        RETURNING ref
+    )
+    INSERT INTO changed_refs (ref) SELECT ref FROM written
 """)
 
-UNLINK = text("DELETE FROM customer_links WHERE ref = :ref")
+UNLINK = text("""
+    WITH written AS (DELETE FROM customer_links WHERE ref = :ref RETURNING ref)
+    INSERT INTO changed_refs (ref) SELECT ref FROM written
+""")
 
 # Whom the reference means now, and whom it would mean without its link: of each kind of name only the first can be it.
 FIND_CANDIDATES = text("""
