@@ -50,9 +50,10 @@ FIND_CONCERNED = text("""
         SELECT n.ref, k.customer
           FROM noted n
          CROSS JOIN LATERAL (
-            SELECT c.id AS customer FROM customers c WHERE c.ref = n.ref
+            SELECT c.id AS customer FROM customers c WHERE c.ref = n.ref AND c.account = ''
             UNION ALL
-            SELECT s.customer FROM checkout_sessions s WHERE s.client_reference_id = n.ref) k
+            SELECT s.customer FROM checkout_sessions s
+             WHERE s.client_reference_id = n.ref AND NOT s.deleted AND s.account = '') k
     )
     SELECT customer FROM meaning
     UNION
