@@ -171,6 +171,7 @@ TABLES = [
     "customer_timeline",
     "customer_access",
     "customer_links",
+    "changed_refs",
     "period_boundaries",
     "billing_periods",
     "active_entitlements",

@@ -142,3 +142,39 @@ async def test_what_the_seal_parked_or_voided_was_settled_when_it_was_written(em
         await connection.run_sync(upgrade, "head")
         settled = text("SELECT state, settled_at FROM usage_deliveries ORDER BY id")
         assert (await connection.execute(settled)).all() == [("pending", None), ("parked", HOUR), ("voided", HOUR)]
+
+
+# Few names, ids and seconds for many rows, so that every way of sharing a name comes about.
+CARRYING = """
+    SELECT setseed(0.5);
+    INSERT INTO customers (id, ref, deleted, account, mark_created)
+    SELECT 'cus_' || n, CASE WHEN random() < 0.7 THEN 'ref' || floor(random() * 300) END, random() < 0.3,
+           CASE WHEN random() < 0.1 THEN 'acct_1' ELSE '' END,
+           CASE WHEN random() < 0.1 THEN '-infinity' ELSE to_timestamp(floor(random() * 4)) END
+      FROM generate_series(1, 1500) n;
+    INSERT INTO checkout_sessions (id, customer, client_reference_id, deleted, account, mark_created)
+    SELECT 'cs_' || n, 'cus_' || ceil(random() * 1500), 'ref' || floor(random() * 600), random() < 0.1,
+           CASE WHEN random() < 0.1 THEN 'acct_1' ELSE '' END, to_timestamp(floor(random() * 4))
+      FROM generate_series(1, 1500) n;
+    UPDATE customers SET ref = 'cus_1' WHERE id IN ('cus_7', 'cus_8');
+    INSERT INTO customer_links (ref, customer)
+    SELECT DISTINCT ON (ref) 'ref' || floor(random() * 600) AS ref, 'cus_' || ceil(random() * 1500)
+      FROM generate_series(1, 60) n
+"""
+
+
+async def test_names_of_customers_are_what_they_were_before_shared_ones_were_found_by_an_index(
+    empty_database: AsyncEngine,
+) -> None:
+    names = text("SELECT customer, account, refs FROM customer_names ORDER BY customer")
+    async with empty_database.begin() as connection:
+        await connection.run_sync(upgrade, "0018")
+        for statement in CARRYING.split(";"):
+            await connection.execute(text(statement))
+        before = (await connection.execute(names)).all()
+    async with empty_database.begin() as connection:
+        await connection.run_sync(upgrade, "0019")
+        after = (await connection.execute(names)).all()
+
+    assert after == before
+    assert len({ref for row in after for ref in row.refs}) > 300

@@ -7,6 +7,7 @@ from functools import partial
 import structlog
 
 from tallystick import db
+from tallystick.access.names import announce_names
 from tallystick.access.timeline import forget_timeline
 from tallystick.access.upkeep import expire_grace, follow_rules
 from tallystick.config import Settings
@@ -65,6 +66,7 @@ LOOPS = (
     Loop("recover", 60, recover_events, stops_at_once=True),
     Loop("grace", 5, expire_grace),
     Loop("access_rules", 5, follow_rules),
+    Loop("names", 2, announce_names),
     Loop("timeline_retention", 3600, forget_timeline),
     Loop("meters", 300, refresh_meters),
     Loop("partitions", 3600, keep_partitions),

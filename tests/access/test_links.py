@@ -1,6 +1,7 @@
 """References: linked, moved and unlinked by the product, or learnt from Stripe."""
 
 import asyncio
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
@@ -8,7 +9,21 @@ import pytest
 
 from tallystick import db
 from tallystick.resources import Resources
-from tests.webhooks.stripe_events import customer, deliver, event, read, read_access, subscription
+from tallystick.rules import AccessRules
+from tallystick.webhooks.inbox import record_events
+from tests.webhooks.stripe_events import (
+    checkout_session,
+    customer,
+    deliver,
+    event,
+    read,
+    read_access,
+    subscription,
+    verified,
+)
+from tests.webhooks.test_any_order import wait_until_blocked_or_done
+
+NAMED = {"metadata": {"tallystick_ref": "acme"}}
 
 
 async def test_a_link_wins_over_metadata_and_can_be_moved(client: httpx.AsyncClient) -> None:
@@ -144,3 +159,55 @@ async def test_a_customer_of_a_connected_account_cannot_be_linked(
 
     assert (answer.status_code, answer.json()["field"]) == (422, "customer")
     assert await read(resources, "SELECT * FROM customer_links") == []
+
+
+async def record(connection: db.Connection, resources: Resources, *sent: dict[str, Any], **rules: Any) -> None:
+    """Record events in a transaction that is still open."""
+    events = [verified(resources, one) for one in sent]
+    await record_events(connection, events, "tallystick_ref", AccessRules(**rules), datetime.now(UTC))
+
+
+@pytest.mark.parametrize("by", ["metadata", "checkout"])
+async def test_unlinking_waits_for_the_customer_that_the_name_means_then(
+    client: httpx.AsyncClient, resources: Resources, by: str
+) -> None:
+    name = (
+        event("customer.updated", customer("cus_1", **NAMED), at=1)
+        if by == "metadata"
+        else event("checkout.session.completed", checkout_session(), at=1)
+    )
+    await client.put("/v1/customers/acme", json={"customer": "cus_2"})
+    # The rules were changed since the customer was decided, so that whoever decides it writes it anew.
+    async with db.direct_transaction(resources.engine) as connection:
+        unpaid = event("customer.subscription.created", subscription(status="past_due"))
+        await record(connection, resources, unpaid, name, paused="none")
+
+    async with db.direct_transaction(resources.engine) as connection:
+        paid = event("customer.subscription.updated", subscription(), at=9)
+        await record(connection, resources, paid, paused="none")
+        unlinking = asyncio.create_task(client.delete("/v1/customers/acme"))
+        await wait_until_blocked_or_done(resources, unlinking)
+
+    assert (await unlinking).json() == {"ref": "acme", "customer": "cus_1"}
+    assert await read_access(client) == ("active", "subscription_active", ["price_1"])
+
+
+async def test_a_link_tells_of_the_customer_that_the_name_meant_when_it_was_its_turn(
+    client: httpx.AsyncClient, resources: Resources
+) -> None:
+    others = [event("customer.created", customer(id_)) for id_ in ("cus_2", "cus_3")]
+    await deliver(client, event("customer.created", customer("cus_1", **NAMED)), *others)
+
+    # The name moves from cus_1 to cus_2 while somebody who links it to cus_3 waits for cus_1.
+    async with db.direct_transaction(resources.engine) as connection:
+        given_up = event("customer.updated", customer("cus_1"), at=5)
+        taken = event("customer.updated", customer("cus_2", **NAMED), at=5)
+        await record(connection, resources, given_up, taken)
+        linking = asyncio.create_task(client.put("/v1/customers/acme", json={"customer": "cus_3"}))
+        await wait_until_blocked_or_done(resources, linking)
+
+    assert (await linking).status_code == 200
+    lines = await read(resources, "SELECT customer, old, new FROM customer_timeline WHERE what = 'link' ORDER BY 1")
+    assert [tuple(line.values()) for line in lines] == [("cus_2", "cus_2", "cus_3"), ("cus_3", "cus_2", "cus_3")]
+    names = await read(resources, "SELECT customer, announced_refs AS refs FROM customer_access ORDER BY 1")
+    assert names == await read(resources, "SELECT customer, refs FROM customer_names ORDER BY 1")

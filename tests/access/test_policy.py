@@ -12,7 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tallystick.access.policy import ACCESSES, REASONS, Decision, Invoice, Subscription, decide_access, fingerprint
+from tallystick.access.policy import (
+    ACCESSES,
+    END_OF_TIME,
+    REASONS,
+    Decision,
+    Invoice,
+    Subscription,
+    decide_access,
+    fingerprint,
+)
 from tallystick.rules import Access, AccessRules
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "access.md").read_text()
@@ -188,6 +197,17 @@ def test_grace_runs_from_the_oldest_unpaid_invoice() -> None:
     assert decide_access([subscription], [newer, older], rules, THEN + DAY).until == THEN + 5 * DAY
     paid = Invoice("in_1", "sub_1", "paid", THEN, THEN)
     assert decide_access([subscription], [newer, paid], rules, THEN + DAY).until == THEN + 6 * DAY
+
+
+@pytest.mark.parametrize("before", [timedelta(0), timedelta(days=4), timedelta(days=5), timedelta(days=6)])
+def test_grace_ends_with_time_itself(before: timedelta) -> None:
+    since = END_OF_TIME - before
+    known = Subscription("sub_1", "past_due", latest_invoice="in_1")
+    invoice = Invoice("in_1", "sub_1", "open", since, None)
+
+    decision = decide_access([known], [invoice], AccessRules(grace_days=5), THEN)
+
+    assert (decision.access, decision.until) == ("grace", END_OF_TIME - max(before - 5 * DAY, timedelta(0)))
 
 
 def test_of_several_graces_the_last_is_shown_and_the_first_is_watched() -> None:

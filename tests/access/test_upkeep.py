@@ -10,11 +10,13 @@ from typing import Any
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
 from tallystick import cli, db
 from tallystick.access import upkeep
-from tallystick.access.upkeep import expire_grace, follow_rules, recompute_everybody
+from tallystick.access.state import recompute_access
+from tallystick.access.upkeep import Recomputed, expire_grace, follow_rules, recompute_everybody
 from tallystick.app import create_app
 from tallystick.resources import Resources, open_resources
 from tests.conftest import open_client
@@ -255,13 +257,69 @@ async def test_rules_that_change_nothing_for_a_customer_leave_its_answer_as_it_w
     assert len((await api.get("/v1/customers/cus_1/timeline")).json()["lines"]) == 2
 
 
+async def test_an_invoice_from_the_end_of_time_has_grace_until_then(api: httpx.AsyncClient, ruled: Resources) -> None:
+    last_second = 253_402_300_799
+    past_due = subscription(status="past_due", latest_invoice="in_1")
+    made = event("invoice.created", invoice(created=last_second))
+    await deliver(api, event("customer.subscription.created", past_due), made)
+
+    answer = await ask(api)
+
+    assert (answer["access"], answer["until"]) == ("grace", "9999-12-31T23:59:59.999999Z")
+    assert await recompute_everybody(ruled, datetime.now(UTC)) == Recomputed(1, 0)
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Customers on whom our own handling fails."""
+    customers = {"cus_1", "cus_15"}
+
+    async def recompute(connection: Any, decided_by: dict[str, None], *arguments: Any, **options: Any) -> set[str]:
+        if customers & decided_by.keys():
+            raise OverflowError
+        return await recompute_access(connection, decided_by, *arguments, **options)
+
+    monkeypatch.setattr(upkeep, "recompute_access", recompute)
+    return customers
+
+
+async def test_a_customer_that_cannot_be_decided_keeps_no_other_waiting(
+    ruled: Resources, broken: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "CUSTOMERS_PER_TRANSACTION", 5)
+    await fill(ruled, 24)
+    with capture_logs() as logs:
+        assert await follow_rules(ruled, datetime.now(UTC)) == 22
+    assert await count_accesses(ruled) == {"restricted": 22, "none": 2}
+    assert {line["customer"] for line in logs if line["event"] == "access_not_decided"} == broken
+
+    async with db.transaction(ruled.engine) as connection:
+        await connection.exec_driver_sql("UPDATE customer_access SET decide_again_at = now()")
+    assert await expire_grace(ruled, datetime.now(UTC)) == 22
+    assert (await recompute_everybody(ruled, datetime.now(UTC))).customers == 22
+
+    broken.clear()
+    assert await follow_rules(ruled, datetime.now(UTC)) == 2
+    assert await count_accesses(ruled) == {"restricted": 24}
+
+
+async def test_a_run_fails_when_nobody_can_be_decided(
+    ruled: Resources, broken: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "CUSTOMERS_PER_TRANSACTION", 5)
+    await fill(ruled, 12)
+    broken |= {f"cus_{number}" for number in range(1, 13)}
+    with pytest.raises(upkeep.TooManyFailures):
+        await follow_rules(ruled, datetime.now(UTC))
+
+
 @pytest.mark.parametrize("statement", [upkeep.FIND_ENDED, upkeep.FIND_DECIDED_OTHERWISE], ids=["grace", "rules"])
 async def test_what_is_due_is_found_by_an_index(resources: Resources, statement: Any) -> None:
     await fill(resources, 10_000)
     async with db.transaction(resources.engine) as connection:
         await connection.exec_driver_sql("UPDATE customer_access SET rules = 'current'")
         await connection.exec_driver_sql("ANALYZE customer_access")
-        parameters = {":now": "now()", ":rules": "'current'", ":limit": "200"}
+        parameters = {":passed": "'{cus_1}'", ":now": "now()", ":rules": "'current'", ":limit": "200"}
         query = statement.text
         for name, value in parameters.items():
             query = query.replace(name, value)

@@ -8,17 +8,35 @@ from itertools import permutations
 from typing import Any
 
 import httpx
+import pytest
 from sqlalchemy import text
 
 from tallystick import db
+from tallystick.access import names
+from tallystick.access.names import announce_names
+from tallystick.mirror.apply import entomb
+from tallystick.mirror.changes import CustomerChange
 from tallystick.notifications.outbox import Notification, announce_changes, queue_notifications
 from tallystick.resources import Resources
+from tallystick.rules import AccessRules
 from tallystick.usage.delivery import deliver as deliver_usage
 from tallystick.usage.ledger import record_events
 from tallystick.usage.sealing import seal_everything
+from tallystick.webhooks.inbox import record_events as record_webhooks
 from tests.conftest import FakeStripe
 from tests.usage.making import CUSTOMER, METER, REF, last_hour, make_customer, make_event, make_meter
-from tests.webhooks.stripe_events import NOON, customer, deliver, event, invoice, item, read, subscription
+from tests.webhooks.stripe_events import (
+    NOON,
+    checkout_session,
+    customer,
+    deliver,
+    event,
+    invoice,
+    item,
+    read,
+    subscription,
+    verified,
+)
 
 
 async def told(resources: Resources) -> list[tuple[str, dict[str, Any]]]:
@@ -183,6 +201,93 @@ async def test_a_lone_deleted_customer_keeps_its_name(client: httpx.AsyncClient,
     await deliver(client, event("customer.created", named), event("customer.deleted", named, at=5))
     _, data = (await told(resources))[-1]
     assert (data["reason"], data["refs"]) == ("customer_deleted", ["acme"])
+
+
+async def names_told(resources: Resources) -> dict[str, list[str]]:
+    """The names that each customer's last notification has."""
+    await announce_names(resources, datetime.now(UTC))
+    return {data["customer"]: data["refs"] for _, data in await told(resources)}
+
+
+async def names_held(resources: Resources) -> dict[str, list[str]]:
+    return {row["customer"]: row["refs"] for row in await read(resources, "SELECT customer, refs FROM customer_names")}
+
+
+NAMED = {"metadata": {"tallystick_ref": "acme"}}
+
+
+async def test_a_customer_is_told_that_another_took_its_name_and_gave_it_back(
+    client: httpx.AsyncClient, resources: Resources
+) -> None:
+    await deliver(client, event("customer.created", customer("cus_1", **NAMED)))
+    assert await names_told(resources) == {"cus_1": ["acme"]}
+    await deliver(client, event("customer.created", customer("cus_2", **NAMED), at=5))
+    assert await names_told(resources) == {"cus_1": [], "cus_2": ["acme"]}
+    type_, data = (await told(resources))[-1]
+    assert (type_, data["customer"], data["access"]) == ("access.changed", "cus_1", "none")
+    await deliver(client, event("customer.updated", customer("cus_1", **NAMED), at=7))
+    assert await names_told(resources) == {"cus_1": ["acme"], "cus_2": []}, "it is the newest now"
+    await deliver(client, event("customer.deleted", customer("cus_1", **NAMED), at=9))
+    assert await names_told(resources) == {"cus_1": [], "cus_2": ["acme"]}
+    await client.put("/v1/customers/acme", json={"customer": "cus_3"})
+    assert await names_told(resources) == {"cus_1": [], "cus_2": [], "cus_3": ["acme"]}
+    await client.delete("/v1/customers/acme")
+    assert await names_told(resources) == {"cus_1": [], "cus_2": ["acme"], "cus_3": []}
+    await deliver(client, event("customer.deleted", customer("cus_2", **NAMED), at=12))
+    assert await names_told(resources) == await names_held(resources)
+    assert await read(resources, "SELECT * FROM changed_refs") == []
+
+
+async def test_a_checkout_moves_a_name_and_a_deletion_gives_it_back(
+    client: httpx.AsyncClient, resources: Resources
+) -> None:
+    for number in (1, 2):
+        checkout = checkout_session(f"cs_{number}", customer=f"cus_{number}")
+        await deliver(client, event("checkout.session.completed", checkout, at=number))
+    assert await names_told(resources) == {"cus_1": [], "cus_2": ["acme"]}
+    await deliver(client, event("customer.deleted", customer("cus_2"), at=5))
+    assert await names_told(resources) == {"cus_1": ["acme"], "cus_2": []} == await names_held(resources)
+
+
+async def test_two_batches_that_do_not_see_each_other_take_one_name(resources: Resources) -> None:
+    now = datetime.now(UTC)
+    async with db.direct_transaction(resources.engine) as one, db.direct_transaction(resources.engine) as other:
+        for connection, id_ in ((one, "cus_1"), (other, "cus_2")):
+            sent = verified(resources, event("customer.created", customer(id_, **NAMED), at=int(id_[-1])))
+            await record_webhooks(connection, [sent], "tallystick_ref", AccessRules(), now)
+    assert await names_told(resources) == {"cus_1": [], "cus_2": ["acme"]}
+
+
+async def test_a_customer_that_is_gone_at_stripe_gives_its_names_back(
+    client: httpx.AsyncClient, resources: Resources
+) -> None:
+    await deliver(client, *(event("customer.created", customer(f"cus_{n}", **NAMED), at=n) for n in (1, 2)))
+    await names_told(resources)
+    async with db.transaction(resources.engine) as connection:
+        version = await connection.scalar(text("SELECT CAST(xmin AS text) FROM customers WHERE id = 'cus_2'"))
+        assert await entomb(connection, CustomerChange, "cus_2", str(version))
+    await names_told(resources)
+    [row] = await read(resources, "SELECT announced_refs FROM customer_access WHERE customer = 'cus_1'")
+    assert row["announced_refs"] == ["acme"]
+
+
+async def test_events_that_move_no_name_note_none(client: httpx.AsyncClient, resources: Resources) -> None:
+    await deliver(client, event("customer.created", customer("cus_1", **NAMED)), of_sub(1, "active"))
+    await announce_names(resources, datetime.now(UTC))
+    await deliver(client, event("customer.updated", customer("cus_1", **NAMED), at=5), of_sub(6, "past_due"))
+    assert await read(resources, "SELECT ref FROM changed_refs") == []
+
+
+async def test_more_customers_of_one_name_than_are_told_at_once(
+    client: httpx.AsyncClient, resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(names, "CUSTOMERS_PER_TRANSACTION", 2)
+    monkeypatch.setattr(names, "REFS_PER_BATCH", 3)
+    of_one_name = [customer(f"cus_{number}", **NAMED) for number in range(5)]
+    await deliver(client, *(event("customer.created", one, at=at) for at, one in enumerate(of_one_name)))
+    await deliver(client, *(event("customer.deleted", one, at=9) for one in of_one_name))
+    told_now = await names_told(resources)
+    assert told_now == {f"cus_{number}": ["acme"] for number in range(5)} == await names_held(resources)
 
 
 class Crash(Exception):

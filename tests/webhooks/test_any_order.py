@@ -12,6 +12,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tallystick import db
+from tallystick.access.names import announce_names
 from tallystick.resources import Resources
 from tallystick.rules import AccessRules
 from tallystick.webhooks.inbox import record_events
@@ -155,7 +156,7 @@ TIMES = ("updated_at", "refresh_after", "refreshed_at")
 
 
 async def read_state(resources: Resources) -> dict[str, list[dict[str, Any]]]:
-    """Every row of the mirror, and each customer's access, less what tells when they were written."""
+    """Every row of the mirror, each customer's access and the names it was told, less when they were written."""
     queries = {
         "customers": "SELECT * FROM customers",
         "prices": "SELECT * FROM prices",
@@ -172,8 +173,10 @@ async def read_state(resources: Resources) -> dict[str, list[dict[str, Any]]]:
         "customer_names": "SELECT customer, refs FROM customer_names",
         "period_boundaries": "SELECT * FROM period_boundaries",
         "customer_access": "SELECT customer, access, reason, prices FROM customer_access",
+        "names told": "SELECT customer, announced_refs AS refs FROM customer_access",
     }
     state = {}
+    await announce_names(resources, datetime.now(UTC))
     async with db.transaction(resources.engine) as connection:
         for table, query in queries.items():
             rows = (await connection.execute(text(f"{query} ORDER BY 1, 2"))).mappings()
@@ -195,6 +198,7 @@ async def test_any_order_ends_in_the_same_state(
     for one in events:
         await record(resources, [one])
     expected = await read_state(resources)
+    assert expected["names told"] == expected["customer_names"]
 
     # Every event at least once, in any order, cut into batches anywhere, two batches at a time.
     repeated = events + data.draw(st.lists(st.sampled_from(events), max_size=4))
@@ -256,7 +260,7 @@ async def test_batches_that_touch_the_same_objects_in_opposite_orders_do_not_dea
     await asyncio.gather(*recording)
 
 
-async def wait_until_blocked_or_done(resources: Resources, *tasks: asyncio.Task[None]) -> None:
+async def wait_until_blocked_or_done(resources: Resources, *tasks: asyncio.Task[Any]) -> None:
     """Return when each task is done or waits for a lock."""
     async with resources.engine.connect() as watching:
         while await _count_blocked(watching) < sum(not task.done() for task in tasks):

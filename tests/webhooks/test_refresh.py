@@ -7,13 +7,14 @@ from datetime import UTC, datetime, timedelta
 import httpx
 import pytest
 from fastapi import FastAPI
+from sqlalchemy import text
 
 from tallystick import db
 from tallystick.config import Settings
 from tallystick.resources import Resources
 from tallystick.rules import AccessRules
 from tallystick.webhooks.inbox import record_events
-from tallystick.webhooks.refresh import CLAIM_FOR, refresh_mirror
+from tallystick.webhooks.refresh import CLAIM_FOR, ROWS_PER_RUN, refresh_mirror
 from tests.conftest import FakeStripe, open_client
 from tests.serving import serve
 from tests.webhooks.held_stripe import Stripe
@@ -320,6 +321,27 @@ async def test_two_workers_do_not_fetch_the_same_rows(
 
     assert sum(refreshed) == 6
     assert len(state.asked) == 6
+
+
+async def test_a_kind_that_stripe_refuses_does_not_keep_the_others_waiting(
+    mirror: Resources, stripe: tuple[Stripe, str]
+) -> None:
+    state, _ = stripe
+    state.objects = {f"customers/cus_{number}": 403 for number in range(ROWS_PER_RUN)}
+    state.objects["subscriptions/sub_1"] = subscription(customer="cus_0", items=[])
+    async with db.transaction(mirror.engine) as connection:
+        refused = "INSERT INTO customers (id, needs_refresh) SELECT 'cus_' || n, true FROM generate_series(0, :last) n"
+        await connection.execute(text(refused), {"last": ROWS_PER_RUN - 1})
+        tied = (
+            "INSERT INTO subscriptions (id, customer, status, needs_refresh) VALUES ('sub_1', 'cus_0', 'unpaid', true)"
+        )
+        await connection.execute(text(tied))
+
+    assert await refresh_mirror(mirror, NOW) == 1
+
+    assert len(set(state.asked)) == ROWS_PER_RUN, "what the others leave is the customers'"
+    rows = await read(mirror, "SELECT status, needs_refresh FROM subscriptions")
+    assert rows == [{"status": "active", "needs_refresh": False}]
 
 
 async def test_the_mirror_follows_the_fake_stripe(

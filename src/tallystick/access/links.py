@@ -22,13 +22,33 @@ router = APIRouter(dependencies=[bearer], tags=["customers"])
 # Two that move one reference at once go one after the other, so that the timeline tells what really was before.
 LOCK_REFERENCE = text("SELECT pg_advisory_xact_lock(hashtextextended(:ref, 0))")
 
+# Others may go by the name as well: a customer that was deleted keeps it until somebody takes it (access/names.py).
 LINK = text("""
-    INSERT INTO customer_links AS t (ref, customer) VALUES (:ref, :customer)
-    ON CONFLICT (ref) DO UPDATE SET customer = excluded.customer, linked_at = now()
-     WHERE t.customer <> excluded.customer
+    WITH written AS (
+        INSERT INTO customer_links AS t (ref, customer) VALUES (:ref, :customer)
+        ON CONFLICT (ref) DO UPDATE SET customer = excluded.customer, linked_at = now()
+         WHERE t.customer <> excluded.customer
+        RETURNING ref
+    )
+    INSERT INTO changed_refs (ref) SELECT ref FROM written
 """)
 
-UNLINK = text("DELETE FROM customer_links WHERE ref = :ref")
+UNLINK = text("""
+    WITH written AS (DELETE FROM customer_links WHERE ref = :ref RETURNING ref)
+    INSERT INTO changed_refs (ref) SELECT ref FROM written
+""")
+
+# Whom the reference means now, and whom it would mean without its link: of each kind of name only the first can be it.
+FIND_CANDIDATES = text("""
+    SELECT customer FROM customer_links WHERE ref = :ref
+    UNION
+    (SELECT id FROM customers WHERE ref = :ref AND NOT deleted AND account = ''
+      ORDER BY mark_created DESC, id DESC LIMIT 1)
+    UNION
+    (SELECT s.customer FROM checkout_sessions s JOIN customers c ON c.id = s.customer
+      WHERE s.client_reference_id = :ref AND NOT s.deleted AND s.account = '' AND NOT c.deleted AND c.account = ''
+      ORDER BY s.mark_created DESC, s.id DESC LIMIT 1)
+""")
 
 
 class LinkRequest(BaseModel):
@@ -76,9 +96,7 @@ async def link_customer(request: Request, ref: Reference, body: LinkRequest) -> 
     _check(ref)
     refuse_card_number(ref, "ref")
     resources: Resources = request.app.state.resources
-    async with db.transaction(resources.engine) as connection:
-        if await _change_meaning(connection, resources, ref, LINK, body.customer) != body.customer:
-            raise InvalidRequest("It is a customer of a connected account, which has no references.", field="customer")
+    await _change_meaning(resources, ref, LINK, body.customer)
     return CustomerLink(ref=ref, customer=body.customer)
 
 
@@ -91,23 +109,54 @@ async def unlink_customer(request: Request, ref: Reference) -> Unlinked:
     """
     _check(ref)
     resources: Resources = request.app.state.resources
-    async with db.transaction(resources.engine) as connection:
-        return Unlinked(ref=ref, customer=await _change_meaning(connection, resources, ref, UNLINK, None))
+    return Unlinked(ref=ref, customer=await _change_meaning(resources, ref, UNLINK, None))
 
 
-async def _change_meaning(
-    connection: AsyncConnection, resources: Resources, ref: str, statement: TextClause, linked: str | None
-) -> str | None:
+class _Moved(Exception):
+    """The reference came to mean, while we waited for locks, customers that we have not locked."""
+
+    def __init__(self, customers: set[str]) -> None:
+        super().__init__()
+        self.customers = customers
+
+
+async def _change_meaning(resources: Resources, ref: str, statement: TextClause, linked: str | None) -> str | None:
     """Link or unlink a reference, and tell both customers' timelines; whom it means now."""
+    also: set[str] = {linked} if linked is not None else set()
+    while True:
+        try:
+            async with db.transaction(resources.engine) as connection:
+                return await _try_to_change(connection, resources, ref, statement, linked, also)
+        except _Moved as moved:
+            # Locked in a second step, they could be waited for by someone who has them and waits for ours.
+            also |= moved.customers
+
+
+async def _try_to_change(
+    connection: AsyncConnection,
+    resources: Resources,
+    ref: str,
+    statement: TextClause,
+    linked: str | None,
+    also: set[str],
+) -> str | None:
+    """Raises `_Moved` when the customers concerned are others than the candidates and `also`, which it locks."""
     now = datetime.now(UTC)
     await connection.execute(LOCK_REFERENCE, {"ref": ref})
+    locked = {*also, *await connection.scalars(FIND_CANDIDATES, {"ref": ref})}
+    await lock_customers(connection, locked)
+    # Read when nobody else can write them any more, or the timeline would tell of a customer that it no longer meant.
     old = await connection.scalar(FIND_CUSTOMER, {"ref": ref})
-    await lock_customers(connection, [customer for customer in (old, linked) if customer is not None])
     await connection.execute(statement, {"ref": ref, "customer": linked} if linked is not None else {"ref": ref})
     new: str | None = await connection.scalar(FIND_CUSTOMER, {"ref": ref})
-    concerned = sorted({customer for customer in (old, new) if customer is not None})
+    concerned = {customer for customer in (old, new) if customer is not None}
+    if not concerned <= locked:
+        # An access that is decided without the lock may be older than the one that it writes over.
+        raise _Moved(concerned)
+    if linked is not None and new != linked:
+        raise InvalidRequest("It is a customer of a connected account, which has no references.", field="customer")
     if new != old:
-        lines = [Line(customer, "link", "link", object_id=ref, old=old, new=new) for customer in concerned]
+        lines = [Line(customer, "link", "link", object_id=ref, old=old, new=new) for customer in sorted(concerned)]
         await write_timeline(connection, lines, now)
     # A customer that was unknown until now has no access yet, not even the access "none".
     rules = resources.rules.current(now).access

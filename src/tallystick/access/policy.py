@@ -9,7 +9,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from tallystick.rules import Access, AccessRules
 
@@ -36,6 +36,9 @@ REASONS = (
     "no_subscription",
     "customer_deleted",
 )
+
+# Stripe takes times of any year, and there is none after this.
+END_OF_TIME = datetime.max.replace(tzinfo=UTC)
 
 OPEN, UNCOLLECTIBLE, SETTLED = "open", "uncollectible", ("paid", "void")
 
@@ -189,7 +192,8 @@ def _decide_one_off(one_off: Iterable[Invoice], rules: AccessRules, now: datetim
 def _with_grace(access: Access, reason: str, since: datetime | None, rules: AccessRules, now: datetime) -> _Grant:
     """Grace, if it is better than `access` and has not run out, counted from `since`; unknown: it has."""
     if since is not None and ACCESSES.index(access) > ACCESSES.index("grace"):
-        end = since + timedelta(days=rules.grace_days)
+        days = timedelta(days=rules.grace_days)
+        end = since + days if since <= END_OF_TIME - days else END_OF_TIME
         if now < end:
             return _Grant("grace", reason, end)
     return _Grant(access, reason)

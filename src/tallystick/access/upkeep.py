@@ -2,20 +2,23 @@
 
 Each customer's row says when it must be decided again and by which rules it was decided, so both loops find what is due
 by an index, start from what is committed, and need no memory of their own. Several workers only decide the same twice.
+
+A customer on whom our own handling fails keeps its access, and no other waits for it: it is logged, passed over,
+and tried again with the next run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
 import structlog
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import TextClause, text
 
 from tallystick import db
 from tallystick.access.policy import fingerprint
 from tallystick.access.state import recompute_access
 from tallystick.access.timeline import Cause
+from tallystick.logs import describe_error
 from tallystick.mirror.apply import lock_customers
 from tallystick.resources import Resources
 
@@ -26,14 +29,17 @@ CUSTOMERS_PER_TRANSACTION = 200
 BATCHES_PER_RUN = 50
 
 FIND_ENDED = text("""
-    SELECT customer FROM customer_access WHERE decide_again_at <= :now ORDER BY decide_again_at, customer LIMIT :limit
+    SELECT customer FROM customer_access WHERE decide_again_at <= :now AND NOT customer = ANY(:passed)
+     ORDER BY decide_again_at, customer LIMIT :limit
 """)
 
 # Two ranges of the index, where `<>` would read all of the table again and again.
 FIND_DECIDED_OTHERWISE = text("""
-    (SELECT customer FROM customer_access WHERE rules < :rules ORDER BY rules, customer LIMIT :limit)
+    (SELECT customer FROM customer_access WHERE rules < :rules AND NOT customer = ANY(:passed)
+      ORDER BY rules, customer LIMIT :limit)
     UNION ALL
-    (SELECT customer FROM customer_access WHERE rules > :rules ORDER BY rules, customer LIMIT :limit)
+    (SELECT customer FROM customer_access WHERE rules > :rules AND NOT customer = ANY(:passed)
+      ORDER BY rules, customer LIMIT :limit)
     LIMIT :limit
 """)
 
@@ -48,18 +54,13 @@ class Recomputed:
     changed: int
 
 
+class TooManyFailures(Exception):
+    """So many customers in one run could not be decided that it is no customer's fault."""
+
+
 async def expire_grace(resources: Resources, now: datetime) -> int:
     """Decide anew for the customers whose grace has run out; how many."""
-    done = 0
-    for _ in range(BATCHES_PER_RUN):
-        async with db.transaction(resources.engine) as connection:
-            ended = await connection.scalars(FIND_ENDED, {"now": now, "limit": CUSTOMERS_PER_TRANSACTION})
-            customers = list(ended)
-            await _recompute(connection, resources, customers, now, "grace")
-        done += len(customers)
-        if len(customers) < CUSTOMERS_PER_TRANSACTION:
-            break
-    return done
+    return await _decide_due(resources, FIND_ENDED, {"now": now}, now, "grace")
 
 
 async def follow_rules(resources: Resources, now: datetime) -> int:
@@ -69,17 +70,7 @@ async def follow_rules(resources: Resources, now: datetime) -> int:
     file some seconds late leaves rows behind that the next run finds.
     """
     rules = fingerprint(resources.rules.current(now).access)
-    done = 0
-    for _ in range(BATCHES_PER_RUN):
-        async with db.transaction(resources.engine) as connection:
-            found = await connection.scalars(
-                FIND_DECIDED_OTHERWISE, {"rules": rules, "limit": CUSTOMERS_PER_TRANSACTION}
-            )
-            customers = list(found)
-            await _recompute(connection, resources, customers, now, "rules")
-        done += len(customers)
-        if len(customers) < CUSTOMERS_PER_TRANSACTION:
-            break
+    done = await _decide_due(resources, FIND_DECIDED_OTHERWISE, {"rules": rules}, now, "rules")
     if done:
         log.info("access_rules_followed", rules=rules, customers=done)
     return done
@@ -89,18 +80,17 @@ async def recompute_everybody(
     resources: Resources, now: datetime, report: Callable[[int], None] | None = None
 ) -> Recomputed:
     """Decide anew for every customer of the mirror, in batches; `report(customers)` is called after each of them."""
-    done = changed = 0
+    done = failed = changed = 0
     after = ""
-    while True:
-        async with db.transaction(resources.engine) as connection:
-            customers = list(await connection.scalars(FIND_NEXT, {"after": after, "limit": CUSTOMERS_PER_TRANSACTION}))
-            changed += await _recompute(connection, resources, customers, now, "rules")
-        if not customers:
-            return Recomputed(done, changed)
+    while customers := await _find(resources, FIND_NEXT, {"after": after}):
+        outcome = await _decide(resources, customers, now, "rules")
+        changed += outcome.changed
+        failed += len(outcome.failed)
         done += len(customers)
         after = customers[-1]
         if report is not None:
             report(done)
+    return Recomputed(done - failed, changed)
 
 
 async def count_customers(resources: Resources) -> int:
@@ -109,9 +99,49 @@ async def count_customers(resources: Resources) -> int:
         return int(await connection.scalar(text("SELECT count(*) FROM customers")) or 0)
 
 
-async def _recompute(
-    connection: AsyncConnection, resources: Resources, customers: list[str], now: datetime, cause: Cause
+@dataclass(frozen=True)
+class _Outcome:
+    """For how many customers the answer changed, and those that could not be decided."""
+
+    changed: int
+    failed: list[str]
+
+
+async def _decide_due(
+    resources: Resources, find: TextClause, due: Mapping[str, object], now: datetime, cause: Cause
 ) -> int:
-    await lock_customers(connection, customers)
-    rules = resources.rules.current(now).access
-    return len(await recompute_access(connection, dict.fromkeys(customers), rules, now, cause=cause))
+    """Decide, batch by batch, for the customers that a statement finds; how many were decided."""
+    done = 0
+    passed: list[str] = []
+    for _ in range(BATCHES_PER_RUN):
+        customers = await _find(resources, find, {**due, "passed": passed})
+        passed += (await _decide(resources, customers, now, cause)).failed
+        done += len(customers)
+        if len(passed) >= CUSTOMERS_PER_TRANSACTION:
+            raise TooManyFailures
+        if len(customers) < CUSTOMERS_PER_TRANSACTION:
+            break
+    return done - len(passed)
+
+
+async def _find(resources: Resources, find: TextClause, values: Mapping[str, object]) -> list[str]:
+    async with db.transaction(resources.engine) as connection:
+        return list(await connection.scalars(find, {**values, "limit": CUSTOMERS_PER_TRANSACTION}))
+
+
+async def _decide(resources: Resources, customers: list[str], now: datetime, cause: Cause) -> _Outcome:
+    """Decide for customers in one transaction; if our own handling fails, for each of them in one of its own."""
+    try:
+        async with db.transaction(resources.engine) as connection:
+            await lock_customers(connection, customers)
+            rules = resources.rules.current(now).access
+            changed = await recompute_access(connection, dict.fromkeys(customers), rules, now, cause=cause)
+    except Exception as error:  # the row's edge: one customer's data must not keep the others waiting
+        if db.is_storage_failure(error):
+            raise
+        if len(customers) == 1:
+            log.error("access_not_decided", customer=customers[0], cause=cause, **describe_error(error))
+            return _Outcome(0, customers)
+        alone = [await _decide(resources, [customer], now, cause) for customer in customers]
+        return _Outcome(sum(one.changed for one in alone), [one for each in alone for one in each.failed])
+    return _Outcome(len(changed), [])

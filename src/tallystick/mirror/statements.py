@@ -167,6 +167,46 @@ BOUNDARIES = """
     ON CONFLICT DO NOTHING
 """
 
+# The names that these rows give or take away, or may have moved, for whoever else goes by them (access/names.py). Two
+# batches do not see each other's rows, so it is the name that is noted, and not who has it. Most events of customers
+# change no name, and note none. There is no unique key, so that nobody waits for another who notes the same name.
+# (OFFSET 0: looked up row by row, whatever statistics say.)
+NOTE_REFS = """
+    INSERT INTO changed_refs (ref)
+    SELECT DISTINCT n.ref FROM ({names}) n WHERE n.ref IS NOT NULL AND NOT starts_with(n.ref, 'cus_')
+"""
+# A customer that is gone, or turns out to be another account's, loses the names of its checkouts and links, too. Of
+# several customers with one name the newest has it, so there any event may move it.
+REFS_OF_CUSTOMERS = """
+    SELECT r.ref
+      FROM customers_written t
+     CROSS JOIN LATERAL (SELECT * FROM customers b WHERE b.id = t.id OFFSET 0) b
+     CROSS JOIN LATERAL (
+        SELECT unnest(ARRAY[b.ref, t.ref]) AS ref
+         WHERE (b.ref, b.deleted, b.account) IS DISTINCT FROM (t.ref, t.deleted, t.account)
+               OR t.ref IS NOT NULL
+                  AND (SELECT o.id FROM customers o
+                        WHERE o.ref = t.ref AND o.id <> t.id AND NOT o.deleted AND o.account = ''
+                        ORDER BY o.mark_created DESC, o.id DESC LIMIT 1) IS NOT NULL
+        UNION ALL
+        SELECT s.client_reference_id FROM checkout_sessions s
+         WHERE s.customer = t.id AND (b.deleted, b.account) IS DISTINCT FROM (t.deleted, t.account)
+        UNION ALL
+        SELECT l.ref FROM customer_links l
+         WHERE l.customer = t.id AND (b.deleted, b.account) IS DISTINCT FROM (t.deleted, t.account)) r
+"""
+REFS_OF_CHECKOUTS = """
+    SELECT unnest(ARRAY[(SELECT b.client_reference_id FROM checkout_sessions b WHERE b.id = t.id),
+                        t.client_reference_id]) AS ref
+      FROM checkout_sessions_written t WHERE t.account = ''
+"""
+REFS: Mapping[type[AnyChange], str] = {CustomerChange: REFS_OF_CUSTOMERS, CheckoutSessionChange: REFS_OF_CHECKOUTS}
+# What of a written row they ask for.
+NAMING_COLUMNS: Mapping[type[AnyChange], str] = {
+    CustomerChange: ", t.ref, t.deleted, t.account",
+    CheckoutSessionChange: ", t.client_reference_id, t.account",
+}
+
 MERGE_PAYMENT_FAILURES = text("""
     UPDATE invoices t SET updated_at = now(),
            payment_failed_at = greatest(t.payment_failed_at, w.payment_failed_at),
@@ -212,7 +252,12 @@ def _with_children(kinds: Collection[type[AnyChange]], parts: dict[str, str]) ->
         children |= {"items": ITEMS, "items_gone": ITEMS_GONE, "items_written": ITEMS_WRITTEN, "periods": PERIODS}
     if SubscriptionChange in kinds or InvoiceChange in kinds:
         children |= {"boundaries": BOUNDARIES}
-    return text(_with(parts | children) + _union(parts))
+    return text(_with(parts | children | _noting_refs(kinds)) + _union(parts))
+
+
+def _noting_refs(kinds: Collection[type[AnyChange]]) -> dict[str, str]:
+    names = [refs for kind, refs in REFS.items() if kind in kinds]
+    return {"refs_noted": NOTE_REFS.format(names=" UNION ALL ".join(names))} if names else {}
 
 
 def _with(parts: Mapping[str, str]) -> str:
@@ -220,7 +265,7 @@ def _with(parts: Mapping[str, str]) -> str:
 
 
 def _union(names: Iterable[str]) -> str:
-    return " UNION ALL ".join(f"SELECT * FROM {name}" for name in names)  # noqa: S608  names from the tables above
+    return " UNION ALL ".join(f"SELECT of, id, old, new FROM {name}" for name in names)  # noqa: S608  names from the tables above
 
 
 def _write_part(kind: type[AnyChange]) -> str:
@@ -272,6 +317,19 @@ def _tie_statement(kind: type[AnyChange]) -> TextClause:
     """)  # noqa: S608  names from the tables above
 
 
+def _tomb_statement(kind: type[AnyChange]) -> TextClause:
+    """Mark a row as deleted, if it is still the row that was read before Stripe was asked."""
+    table = TABLES[kind][0]
+    update = f"""
+        UPDATE {table} t SET deleted = true, needs_refresh = false, updated_at = now()
+         WHERE id = :id AND CAST(xmin AS text) = :version
+        RETURNING id, {"t.customer, t.status" if tells_status(kind) else "NULL AS customer, NULL"} AS old
+                  {NAMING_COLUMNS.get(kind, "")}
+    """  # noqa: S608  names from the tables above
+    parts = {f"{table}_written": update} | _noting_refs([kind])
+    return text(f"{_with(parts)} SELECT * FROM {table}_written")  # noqa: S608  names from the tables above
+
+
 def tells_status(kind: type[AnyChange]) -> bool:
     """Whether changes of its status are news to a customer."""
     return kind in (SubscriptionChange, InvoiceChange)
@@ -280,7 +338,9 @@ def tells_status(kind: type[AnyChange]) -> bool:
 def _returning(kind: type[AnyChange]) -> str:
     table = TABLES[kind][0]
     if not tells_status(kind):
-        return f"'{table}' AS of, t.id, CAST(NULL AS text) AS old, CAST(NULL AS text) AS new"
+        return (
+            f"'{table}' AS of, t.id, CAST(NULL AS text) AS old, CAST(NULL AS text) AS new{NAMING_COLUMNS.get(kind, '')}"
+        )
     # A statement sees the rows as they were before it; the customers' lock keeps others from changing them.
     old = f"(SELECT {_status('b')} FROM {table} b WHERE b.id = t.id)"  # noqa: S608  names from the tables above
     return f"'{table}' AS of, t.id, {old} AS old, {_status('t')} AS new"
@@ -304,14 +364,7 @@ def _assign(assignments: Mapping[str, str]) -> str:
 
 OVERWRITE = {kind: _overwrite_statement(kind) for kind in TABLES}
 NOTE_TIES = {kind: _tie_statement(kind) for kind in TABLES}
-ENTOMB = {
-    kind: text(f"""
-        UPDATE {table} t SET deleted = true, needs_refresh = false, updated_at = now()
-         WHERE id = :id AND CAST(xmin AS text) = :version
-        RETURNING id, {"t.customer, t.status" if tells_status(kind) else "NULL AS customer, NULL"} AS old
-    """)  # noqa: S608  names from the tables above
-    for kind, (table, _) in TABLES.items()
-}
+ENTOMB = {kind: _tomb_statement(kind) for kind in TABLES}
 FIND_ACCOUNTS = {
     kind: text(f"SELECT id, account FROM {table} WHERE id = ANY(:ids)")  # noqa: S608  names from the tables above
     for kind, (table, _) in TABLES.items()

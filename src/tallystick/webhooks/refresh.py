@@ -65,7 +65,7 @@ class Kind:
     path: str
 
 
-# Customers first: they carry the references by which everything else is asked for.
+# What is left of a run goes to customers first: they carry the references by which everything else is asked for.
 KINDS: Mapping[str, Kind] = {
     "customer": Kind("customers", "id", CustomerChange, "/v1/customers"),
     "subscription": Kind("subscriptions", "customer", SubscriptionChange, "/v1/subscriptions"),
@@ -77,6 +77,10 @@ KINDS: Mapping[str, Kind] = {
     "price": Kind("prices", None, PriceChange, "/v1/prices"),
     "product": Kind("products", None, ProductChange, "/v1/products"),
 }
+
+# Of a run each kind has this many before any has more: of a kind that the key may not read, rows come back each minute
+# and could fill all runs.
+SHARE = ROWS_PER_RUN // len(KINDS)
 
 CLAIM = {
     kind: text(f"""
@@ -118,14 +122,19 @@ async def refresh_mirror(resources: Resources, now: datetime) -> int:
 
 async def _claim(resources: Resources, now: datetime) -> list[Claim]:
     claims: list[Claim] = []
+    kinds = list(CLAIM)
     async with db.transaction(resources.engine) as connection:
-        for kind, statement in CLAIM.items():
-            limit = ROWS_PER_RUN - len(claims)
-            if limit > 0:
-                rows = await connection.execute(
-                    statement, {"now": now, "claimed_until": now + CLAIM_FOR, "limit": limit}
-                )
-                claims += [Claim(kind, *row) for row in rows]
+        for share in (SHARE, ROWS_PER_RUN):
+            more = []
+            for kind in kinds:
+                limit = min(share, ROWS_PER_RUN - len(claims))
+                if limit > 0:
+                    values = {"now": now, "claimed_until": now + CLAIM_FOR, "limit": limit}
+                    rows = (await connection.execute(CLAIM[kind], values)).all()
+                    claims += [Claim(kind, *row) for row in rows]
+                    if len(rows) == limit:
+                        more.append(kind)
+            kinds = more
     return claims
 
 
