@@ -62,7 +62,7 @@ def test_ids_and_scopes_stay_whole_in_a_narrow_terminal(monkeypatch: pytest.Monk
 
 
 def test_rows_are_whole_where_no_terminal_shows_them() -> None:
-    name = "a name that is longer than a terminal is wide, and that somebody looks for by `grep` " * 2
+    name = "a name that is longer than a terminal is wide, and that somebody looks for by `grep`"
     run("keys", "create", name, "--scope", "usage:read", "--source", "elsewhere")
     assert name in run("keys", "list").stdout
 

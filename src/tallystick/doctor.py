@@ -12,7 +12,7 @@ from sqlalchemy import text
 from tallystick import db
 from tallystick.config import HOW_TO_RECEIVE_WEBHOOKS, Settings, load_settings
 from tallystick.errors import SettingsError
-from tallystick.findings import Finding, bad, brief, good
+from tallystick.findings import Finding, bad, brief, good, minute
 from tallystick.loops import read_last_done
 from tallystick.mirror.marks import NEVER
 from tallystick.notifications.addresses import AddressRefused, resolve
@@ -314,12 +314,12 @@ async def _examine_events(resources: Resources, now: datetime) -> AsyncIterator[
     if state.complete_until is None:
         yield bad("events", "Stripe's list was never read to its end: is a worker running? Or: tallystick recover")
     elif now - state.complete_until > RECOVERED_WITHIN:
-        yield bad("events", f"complete only until {_minute(state.complete_until)}: is a worker running?")
+        yield bad("events", f"complete only until {minute(state.complete_until)}: is a worker running?")
     elif state.gap_from is not None and state.gap_until is not None:
-        lost = f"those from {_minute(state.gap_from)} until {_minute(state.gap_until)} are lost"
+        lost = f"those from {minute(state.gap_from)} until {minute(state.gap_until)} are lost"
         yield bad("events", f"{lost}, for Stripe lists 30 days: tallystick sync")
     else:
-        yield good("events", f"complete until {_minute(state.complete_until)}")
+        yield good("events", f"complete until {minute(state.complete_until)}")
     async with db.transaction(resources.engine) as connection:
         quarantined = await connection.scalar(
             text("SELECT count(*) FROM stripe_events WHERE verdict = 'quarantined'"),
@@ -339,7 +339,7 @@ async def _examine_events(resources: Resources, now: datetime) -> AsyncIterator[
     else:
         yield good("quarantine", "empty")
     if syncing is not None:
-        yield bad("sync", f"the one begun at {_minute(syncing)} has not finished: tallystick sync goes on with it")
+        yield bad("sync", f"the one begun at {minute(syncing)} has not finished: tallystick sync goes on with it")
     if no_session is not None:
         live = "" if resources.settings.livemode else "it is for live mode only; "
         yield bad("meter event stream", f"Stripe gives no session ({no_session}): {live}use the sender meter_events")
@@ -396,7 +396,3 @@ async def _examine_receiver(endpoint: NotificationEndpoint) -> Finding:
         return bad(part, f"{host}:{port} does not let us connect ({type(error).__name__}); notifications wait")
     writer.close()
     return good(part, f"{host}:{port} lets us connect")
-
-
-def _minute(at: datetime) -> str:
-    return f"{at:%Y-%m-%d %H:%M} UTC"

@@ -1,6 +1,7 @@
 """What the doctor finds."""
 
 from dataclasses import dataclass
+from datetime import datetime
 
 
 @dataclass(frozen=True)
@@ -28,3 +29,8 @@ def bad(part: str, text: str) -> Finding:
 def brief(error: Exception) -> str:
     """The first line of what an error says."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+
+
+def minute(at: datetime) -> str:
+    """A time as it is shown, in UTC."""
+    return f"{at:%Y-%m-%d %H:%M} UTC"

@@ -102,7 +102,7 @@ async def test_commands_know_the_settings_that_were_given_and_ask_for_what_is_se
 
 def test_what_is_used_of_your_own_is_said_without_passwords_or_commands_that_fail_there(tmp_path: Path) -> None:
     environment = {
-        "DATABASE_URL": "postgresql://someone:hid@den/?@db.example.com/tally?password=hidden",
+        "DATABASE_URL": "postgresql://someone:hid%40den@db.example.com/tally?sslmode=require",
         "REDIS_URL": "rediss://:hidden@redis.example.com:6380/0",
         "STRIPE_API_KEY": "sk_test_hidden",
         "STRIPE_WEBHOOK_SECRET": "whsec_hidden",

@@ -10,7 +10,6 @@ import zlib
 from collections.abc import MutableMapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from time import monotonic_ns
 from typing import Any
 
 import httpx
@@ -28,7 +27,7 @@ from tallystick.resources import Resources, open_resources
 from tallystick.usage.buffer import Buffer
 from tallystick.usage.drain import drain
 from tallystick.usage.ingest import Breaker
-from tallystick.usage.meters import Meter, MeterCache, find_meters
+from tallystick.usage.meters import MeterCache, find_meters
 from tallystick.usage.restored import MARK
 from tests.conftest import FakeStripe, Servers, open_client
 from tests.slow import started
@@ -102,34 +101,23 @@ async def test_a_meter_made_at_stripe_a_moment_ago_is_found(client: httpx.AsyncC
 async def test_a_meter_that_another_request_is_just_learning_of_is_not_called_unknown(
     resources: Resources, fake_stripe: FakeStripe
 ) -> None:
-    meanwhile: list[asyncio.Task[dict[str, Meter]]] = []
-
-    class Watched(MeterCache):
-        def __setattr__(self, name: str, value: object) -> None:
-            super().__setattr__(name, value)
-            if name == "ask_again_at" and value:
-                meanwhile.append(asyncio.create_task(find_meters(self, resources, {"new_meter"}, NOW)))
-
     await fake_stripe.client.v1.billing.meters.create_async(
         {"display_name": "New", "event_name": "new_meter", "default_aggregation": {"formula": "sum"}}
     )
-    assert (await find_meters(Watched(), resources, {"new_meter"}, NOW)).keys() == {"new_meter"}
-    (other,) = meanwhile
-    assert (await other).keys() == {"new_meter"}
+    cache = MeterCache()
+    found = await asyncio.gather(*(find_meters(cache, resources, {"new_meter"}, NOW) for _ in range(3)))
+    assert [meters.keys() for meters in found] == [{"new_meter"}] * 3
 
 
 async def test_a_name_that_nobody_knows_does_not_make_a_new_meter_unknown(
-    client: httpx.AsyncClient, fake_stripe: FakeStripe, monkeypatch: pytest.MonkeyPatch
+    client: httpx.AsyncClient, fake_stripe: FakeStripe
 ) -> None:
-    """Only a name that Stripe was asked for is refused; for the others it is soon time to ask again."""
+    """Only a name that Stripe was asked for is refused."""
     assert (await client.post("/v1/usage", json=event(meter="misspelt"))).status_code == 422
     await fake_stripe.client.v1.billing.meters.create_async(
         {"display_name": "New", "event_name": "new_meter", "default_aggregation": {"formula": "sum"}}
     )
     assert (await client.post("/v1/usage", json=event(meter="misspelt"))).status_code == 422
-    soon = await client.post("/v1/usage", json=event(meter="new_meter"))
-    assert (soon.status_code, soon.headers["retry-after"]) == (503, "1")
-    monkeypatch.setattr("tallystick.usage.meters.monotonic_ns", lambda: monotonic_ns() + 10**9)
     assert (await client.post("/v1/usage", json=event(meter="new_meter"))).status_code == 202
 
 

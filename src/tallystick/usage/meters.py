@@ -1,5 +1,6 @@
 """Stripe's meters: which names usage may be posted for, and how each is told to Stripe."""
 
+import asyncio
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,9 +22,8 @@ log = structlog.get_logger()
 # How long a change in the table may take to be seen by a process.
 READ_EVERY = timedelta(seconds=15)
 # A name that nobody knows must not become a call to Stripe for each event that carries it: it is believed to be unknown
-# for a while, and names that are made up anew each time wait for each other.
+# for a while. Those who ask for different ones take turns.
 BELIEVED_MISSING_NS = 10 * 10**9
-ASK_STRIPE_EVERY_NS = 10**9
 MISSING_REMEMBERED = 1_000
 # Of the requests that a process works on at once (crowd.py): a Stripe that hangs must not stop the rest of usage.
 MAX_ASKING = 8
@@ -88,12 +88,14 @@ class MeterCache:
 
     meters: dict[str, Meter] = field(default_factory=dict)
     read_at: datetime = LONG_AGO
-    missing: dict[str, int] = field(default_factory=dict)  # name → until when it is believed to be
-    ask_again_at: int = 0  # of `monotonic_ns`, as those are
+    missing: dict[str, int] = field(default_factory=dict)  # name → until when, by `monotonic_ns`, it is believed to be
     asking: int = 0
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    def believes_missing(self, name: str) -> bool:
-        return monotonic_ns() < self.missing.get(name, 0)
+    def knows(self, names: Iterable[str]) -> bool:
+        """Whether each name is a meter's, or was asked for in vain a moment ago."""
+        now = monotonic_ns()
+        return all(name in self.meters or now < self.missing.get(name, 0) for name in names)
 
     def note_missing(self, names: Iterable[str]) -> None:
         if len(self.missing) >= MISSING_REMEMBERED:
@@ -109,9 +111,13 @@ async def find_meters(cache: MeterCache, resources: Resources, names: set[str], 
     """
     if now - cache.read_at >= READ_EVERY:
         await _read_table(cache, resources, now)
-    if all(name in cache.meters or cache.believes_missing(name) for name in names):
-        return {name: cache.meters[name] for name in names & cache.meters.keys()}
-    if cache.asking >= MAX_ASKING or monotonic_ns() < cache.ask_again_at:
+    if not cache.knows(names):
+        await _ask_stripe(cache, resources, names, now)
+    return {name: cache.meters[name] for name in names & cache.meters.keys()}
+
+
+async def _ask_stripe(cache: MeterCache, resources: Resources, names: set[str], now: datetime) -> None:
+    if cache.asking >= MAX_ASKING:
         raise Unavailable(
             "A meter is not known here, and Stripe is being asked for others.",
             type="stripe-unavailable",
@@ -119,7 +125,11 @@ async def find_meters(cache: MeterCache, resources: Resources, names: set[str], 
         )
     cache.asking += 1
     try:
-        await refresh_meters(resources, now)
+        async with cache.turn:
+            if not cache.knows(names):
+                await refresh_meters(resources, now)
+                await _read_table(cache, resources, now)
+                cache.note_missing(names - cache.meters.keys())
     except stripe_gateway.STRIPE_ERRORS as error:
         raise Unavailable(
             "A meter is not known here and Stripe could not be asked for it.",
@@ -128,11 +138,6 @@ async def find_meters(cache: MeterCache, resources: Resources, names: set[str], 
         ) from error
     finally:
         cache.asking -= 1
-    await _read_table(cache, resources, now)
-    # Not sooner: whoever came meanwhile would take a new meter for an unknown one.
-    cache.note_missing(names - cache.meters.keys())
-    cache.ask_again_at = monotonic_ns() + ASK_STRIPE_EVERY_NS
-    return {name: cache.meters[name] for name in names & cache.meters.keys()}
 
 
 async def refresh_meters(resources: Resources, now: datetime) -> int:

@@ -9,6 +9,7 @@
 A part that says nothing new is still written, as voided: the events that it carries are accounted for by it.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -336,3 +337,18 @@ def split_value(value: Decimal) -> list[Decimal]:
         if rest:
             parts.append(sign * rest)
     return parts or [Decimal(0)]
+
+
+def make_identifier(installation: str, part: Part) -> str:
+    """The name under which Stripe takes this part once (docs/decisions/0005-identifiers.md).
+
+    It is made of what the total is and not of its row's number, so that a restored database cannot give one name to two
+    different things. What carries one event of its own is named after it, whatever number it got.
+    """
+    total = part.total
+    named = f"{total.customer_ref}\0{total.meter}\0{total.bucket_start.isoformat()}"
+    end = str(part.seal)
+    if part.of_event is not None:
+        named += "\0" + "\0".join(part.of_event)
+        end = "e"
+    return f"tally-{installation}-{hashlib.blake2b(named.encode(), digest_size=12).hexdigest()}-{end}"

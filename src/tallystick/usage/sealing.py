@@ -14,7 +14,6 @@ A delivery's identifier is made of the total's key and the seal's number, so sea
 of one quantity: the number and the quantity move together in one transaction.
 """
 
-import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from tallystick.usage.drain import drain
 from tallystick.usage.events import plain
 from tallystick.usage.meters import read_meters
 from tallystick.usage.parking import announce_parked
-from tallystick.usage.parts import COUNTED_PER_SEAL, STRIPE_MAX_AGE, Part, Total, list_parts
+from tallystick.usage.parts import COUNTED_PER_SEAL, STRIPE_MAX_AGE, Part, Total, list_parts, make_identifier
 from tallystick.usage.sealing_requests import forget_requests, read_requests
 
 # To find what is due costs a look at all that is open, so it is done once for many; it is sealed in transactions of a
@@ -390,18 +389,3 @@ def _write_delivery(installation: str, part: Part, route: Route, now: datetime) 
         total.aggregation,
         route.sender,
     )
-
-
-def make_identifier(installation: str, part: Part) -> str:
-    """The name under which Stripe takes this part once (docs/decisions/0005-identifiers.md).
-
-    It is made of what the total is and not of its row's number, so that a restored database cannot give one name to two
-    different things. What carries one event of its own is named after it, whatever number it got.
-    """
-    total = part.total
-    named = f"{total.customer_ref}\0{total.meter}\0{total.bucket_start.isoformat()}"
-    end = str(part.seal)
-    if part.of_event is not None:
-        named += "\0" + "\0".join(part.of_event)
-        end = "e"
-    return f"tally-{installation}-{hashlib.blake2b(named.encode(), digest_size=12).hexdigest()}-{end}"
