@@ -67,6 +67,8 @@ class Rig:
 
     async def start_second_api(self) -> int:
         """Start one more API process, as behind a balancer; its port. It ends with the rig."""
+        if SECOND_API in self.stack.processes:  # of a measurement before this one
+            await self.stack.stop_process(SECOND_API)
         port = claim_port(0, SECOND_API, HOST)
         await self.stack.start_process(SECOND_API, "serve", TALLYSTICK_PORT=str(port))
         await self.stack.wait_for(SECOND_API, f"http://127.0.0.1:{port}/readyz")

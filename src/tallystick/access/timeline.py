@@ -52,7 +52,8 @@ READ_LINES_OF_EVENT = text(f"""
 
 DELETE_OLD_LINES = text("""
     DELETE FROM customer_timeline
-     WHERE id IN (SELECT id FROM customer_timeline WHERE at < :oldest ORDER BY at LIMIT :limit FOR UPDATE SKIP LOCKED)
+     WHERE id = ANY(ARRAY(
+        SELECT id FROM customer_timeline WHERE at < :oldest ORDER BY at LIMIT :limit FOR UPDATE SKIP LOCKED))
 """)
 
 

@@ -54,9 +54,9 @@ NOTE = text("""
 
 CLAIM = text("""
     UPDATE meter_error_reports SET next_attempt_at = :leased_until
-     WHERE event IN (SELECT event FROM meter_error_reports
-                      WHERE fetched_at IS NULL AND next_attempt_at <= :now
-                      ORDER BY next_attempt_at LIMIT :limit FOR UPDATE SKIP LOCKED)
+     WHERE event = ANY(ARRAY(SELECT event FROM meter_error_reports
+                              WHERE fetched_at IS NULL AND next_attempt_at <= :now
+                              ORDER BY next_attempt_at LIMIT :limit FOR UPDATE SKIP LOCKED))
     RETURNING event, failures
 """)
 

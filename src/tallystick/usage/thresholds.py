@@ -65,7 +65,7 @@ FIND_OPEN = text("""
 
 TAKE_LOOKS = text("""
     DELETE FROM usage_threshold_looks
-     WHERE id IN (SELECT id FROM usage_threshold_looks ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED)
+     WHERE id = ANY(ARRAY(SELECT id FROM usage_threshold_looks ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED))
     RETURNING customer_ref, meter, at
 """)
 

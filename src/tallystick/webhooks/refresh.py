@@ -82,11 +82,12 @@ KINDS: Mapping[str, Kind] = {
 # and could fill all runs.
 SHARE = ROWS_PER_RUN // len(KINDS)
 
+# ARRAY: chosen once. Joined to a subquery, rows that are claimed make room for others whenever that is run again.
 CLAIM = {
     kind: text(f"""
         UPDATE {of.table} SET refresh_after = :claimed_until
-         WHERE id IN (SELECT id FROM {of.table} WHERE needs_refresh AND refresh_after <= :now
-                       ORDER BY refresh_after, id LIMIT :limit FOR UPDATE SKIP LOCKED)
+         WHERE id = ANY(ARRAY(SELECT id FROM {of.table} WHERE needs_refresh AND refresh_after <= :now
+                               ORDER BY refresh_after, id LIMIT :limit FOR UPDATE SKIP LOCKED))
         RETURNING id, account, CAST({of.customer or "NULL"} AS text) AS customer, CAST(xmin AS text) AS version
     """)  # noqa: S608  names from the table above
     for kind, of in KINDS.items()
