@@ -119,9 +119,9 @@ async def test_what_is_accepted_at_overload_is_as_quick_as_promised(rig: Rig) ->
     # one comparison of three has to be good. Without the limit nothing is refused, and most take six to eleven times
     # as long as at half load.
     shortcomings = ["no try"]
-    for _ in range(3):
+    for seconds in (1, 2, 4):  # a slow machine needs longer to accept enough for a p99
         if shortcomings:
-            compared = await compare(rig.port, rig.key, turns=3, seconds=1, step=lambda text, done: None)
+            compared = await compare(rig.port, rig.key, turns=3, seconds=seconds, step=lambda text, done: None)
             shortcomings = compared.shortcomings(enough=100)
 
     assert not shortcomings
