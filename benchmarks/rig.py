@@ -25,6 +25,7 @@ from tallystick.resources import Resources, open_resources
 from tallystick.terminal import claim_port
 from tallystick.usage.conservation import count_conservation
 from tallystick.usage.drain import drain
+from tallystick.usage.meters import refresh_meters
 
 METER = "benchmark_calls"
 # As for a machine with a few gigabytes to spare (docs/operations.md#sizing): the keys of the day that is being written
@@ -109,12 +110,13 @@ class Rig:
         return {"Authorization": f"Bearer {key}"}
 
     async def make_meter(self) -> None:
-        """Make the meter at the fake Stripe, where the service asks for it."""
+        """Make the meter at the fake Stripe, and known here: of many who ask for a new one at once some are put off."""
         listed = await self.resources.stripe.v1.billing.meters.list_async({"limit": 100})
         if METER not in {meter.event_name for meter in listed.data}:
             await self.resources.stripe.v1.billing.meters.create_async(
                 {"display_name": METER, "event_name": METER, "default_aggregation": {"formula": "sum"}}
             )
+        await refresh_meters(self.resources, datetime.now(UTC))
 
     async def drain(self) -> None:
         """Move what waits in Valkey into the ledger, here and now."""
