@@ -18,7 +18,11 @@ async def serve(app: Any) -> AsyncIterator[str]:
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", 0))
-    server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=2))
+    # By uvicorn's default a connection is cut that was idle for 5 s, and now and then just as a test sends on it.
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=2, timeout_keep_alive=600
+    )
+    server = _Server(config)
     task = asyncio.create_task(server.serve([listener]))
     try:
         await asyncio.wait([asyncio.create_task(server.ready.wait()), task], return_when=asyncio.FIRST_COMPLETED)

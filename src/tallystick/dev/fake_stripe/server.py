@@ -14,6 +14,8 @@ from tallystick.errors import TallystickError
 
 # A held or slow connection must not keep the server from stopping.
 STOP_SECONDS = 3
+# Longer than clients keep a connection that is idle, so that it is never cut just as one sends on it.
+KEEP_ALIVE_SECONDS = 75
 
 
 class StateError(TallystickError):
@@ -29,7 +31,13 @@ def serve_fake_stripe(host: str, port: int, state_path: Path | None, seed: int) 
         _try_state(state_path)
     app = create_fake_stripe(state_path, seed)
     uvicorn.run(
-        app, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=STOP_SECONDS
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=STOP_SECONDS,
     )
 
 
