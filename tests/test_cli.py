@@ -74,7 +74,7 @@ def test_a_missing_setting_ends_in_one_line(
     assert capsys.readouterr().err.splitlines() == ["error: " + "; ".join(missing)]
 
 
-@pytest.mark.usefixtures("environment")
+@pytest.mark.usefixtures("environment", "fake_stripe")
 def test_only_who_receives_webhooks_needs_their_secret(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
