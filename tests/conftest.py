@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from pydantic import SecretStr
 from stripe import StripeClient
 
-from tallystick import db
+from tallystick import db, schema
 from tallystick.app import create_app
 from tallystick.auth import SCOPES, create_key
 from tallystick.config import Settings
@@ -198,7 +198,7 @@ async def empty_stores(resources: Resources) -> None:
     """Delete all rows (far quicker than TRUNCATE on small tables) and all keys; migrate when this is the first time."""
     url = resources.settings.database_url
     if url not in _migrated:
-        await db.migrate(resources.engine)
+        await schema.migrate(resources.engine)
         async with db.transaction(resources.engine) as connection:
             await make_partitions(connection, datetime.now(UTC))
         _migrated.add(url)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from tallystick import db
+from tallystick import db, schema
 from tallystick.config import driver_url
 from tests.conftest import Servers, make_settings
 from tests.notifications.test_addresses import make_certificate
@@ -21,7 +21,7 @@ async def connect(url: str) -> None:
     """Migrate and ask, as the service does; both make connections of their own."""
     engine = db.create_engine(make_settings(database_url=url), application_name="tests")
     try:
-        await db.migrate(engine)
+        await schema.migrate(engine)
         async with db.transaction(engine) as connection:
             assert await connection.scalar(text("SELECT current_setting('application_name')")) == "tests"
     finally:

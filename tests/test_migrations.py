@@ -10,7 +10,7 @@ from alembic.config import Config
 from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from tallystick import db
+from tallystick import schema
 from tallystick.errors import SchemaError
 from tests.conftest import Servers
 
@@ -48,7 +48,7 @@ async def empty_database(servers: Servers) -> AsyncIterator[AsyncEngine]:
 
 def upgrade(connection: Connection, revision: str) -> None:
     config = Config()
-    config.set_main_option("script_location", str(db.migrations_folder()))
+    config.set_main_option("script_location", str(schema.migrations_folder()))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
     command.upgrade(config, revision)
@@ -66,7 +66,7 @@ async def test_a_database_that_others_use_is_left_alone(empty_database: AsyncEng
         empty_database, *(f"CREATE TABLE {table} (id int)" for table in ("users", "orders", "carts", "pages"))
     )
     with pytest.raises(SchemaError) as refused:
-        await db.migrate(empty_database)
+        await schema.migrate(empty_database)
     assert str(refused.value) == (
         f"the database '{name}' holds other tables (carts, orders, pages, …); give tallystick a database of its own"
     )
@@ -77,7 +77,7 @@ async def test_a_database_that_others_use_is_left_alone(empty_database: AsyncEng
         "INSERT INTO alembic_version VALUES ('0001')",
     )
     with pytest.raises(SchemaError, match="holds other tables"):
-        await db.migrate(empty_database)
+        await schema.migrate(empty_database)
 
 
 async def test_what_extensions_and_other_schemas_hold_is_in_nobodys_way(empty_database: AsyncEngine) -> None:
@@ -88,19 +88,19 @@ async def test_what_extensions_and_other_schemas_hold_is_in_nobodys_way(empty_da
         "CREATE SCHEMA stripe",
         "CREATE TABLE stripe.customers (id text)",
     )
-    await db.migrate(empty_database)
-    await db.migrate(empty_database)
+    await schema.migrate(empty_database)
+    await schema.migrate(empty_database)
 
 
 async def test_a_revision_that_is_not_known_is_named(empty_database: AsyncEngine) -> None:
-    await db.migrate(empty_database)
+    await schema.migrate(empty_database)
     await execute(empty_database, "UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(SchemaError, match=r"^the database is at '9999', which this release does not know: .*newer"):
-        await db.migrate(empty_database)
+        await schema.migrate(empty_database)
     # Two heads, as others' migrations may have.
     await execute(empty_database, "INSERT INTO alembic_version VALUES ('abc123')")
     async with empty_database.connect() as connection:
-        assert not await db.schema_is_current(connection)
+        assert not await schema.is_current(connection)
 
 
 async def test_open_events_of_a_count_meter_stay_open_and_sealed_ones_stay_sealed(empty_database: AsyncEngine) -> None:
@@ -178,3 +178,13 @@ async def test_names_of_customers_are_what_they_were_before_shared_ones_were_fou
 
     assert after == before
     assert len({ref for row in after for ref in row.refs}) > 300
+
+
+async def test_the_schema_is_current_at_the_revision_that_alembic_migrates_to(empty_database: AsyncEngine) -> None:
+    current = []
+    async with empty_database.begin() as connection:
+        current.append(await schema.is_current(connection))
+        for revision in ("head-1", "head"):
+            await connection.run_sync(upgrade, revision)
+            current.append(await schema.is_current(connection))
+    assert current == [False, False, True]

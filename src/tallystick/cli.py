@@ -201,10 +201,10 @@ def migrate() -> None:
     """Bring the database's schema up to date and make the ledger's next partitions."""
 
     async def work(resources: Any) -> None:
-        from tallystick import db
+        from tallystick import db, schema
         from tallystick.usage.partitions import make_partitions
 
-        await db.migrate(resources.engine)
+        await schema.migrate(resources.engine)
         async with db.transaction(resources.engine) as connection:
             await make_partitions(connection, datetime.now(UTC))
 

@@ -1,19 +1,14 @@
-"""PostgreSQL: the engine with its time limits, the migrations, and what counts as 'storage failed'."""
+"""PostgreSQL: the engine with its time limits, transactions, and what counts as 'storage failed'."""
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Protocol
 
 import asyncpg
-from alembic import command
-from alembic.config import Config
-from sqlalchemy import Connection as SyncConnection
-from sqlalchemy import NullPool, PoolProxiedConnection, TextClause, event, text
+from sqlalchemy import PoolProxiedConnection, TextClause, event, text
 from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
 from sqlalchemy.exc import (
     DBAPIError,
@@ -27,7 +22,6 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from tallystick.config import Settings
-from tallystick.errors import SchemaError
 
 # Together they keep the worst case of one transaction below the 10 s after which a webhook sender should have its
 # answer.
@@ -44,10 +38,6 @@ MAX_PREPARED_BYTES = 64 * 1024
 
 # A network that drops connections without a word, as firewalls do with idle ones, takes longer than this.
 TRUSTED_FOR_SECONDS = 30
-# A migration may make an index over the whole ledger.
-MIGRATION_TIMEOUT_SECONDS = 3_600
-
-MIGRATION_LOCK = 0x7A11  # any number, the same for every process that migrates this database
 
 
 def create_engine(settings: Settings, *, application_name: str) -> AsyncEngine:
@@ -307,88 +297,6 @@ async def fetch_patiently(
     except asyncpg.PostgresError as error:
         raise ConnectionError(f"PostgreSQL could not do it: {type(error).__name__}") from error
     return rows
-
-
-def migrations_folder() -> Path:
-    """`migrations/` of the checkout, or the copy inside the installed package."""
-    packaged = Path(__file__).parent / "migrations"
-    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "migrations"
-
-
-def _alembic(connection: SyncConnection | None = None) -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(migrations_folder()).replace("%", "%%"))
-    config.set_main_option("path_separator", "os")
-    config.attributes["connection"] = connection
-    return config
-
-
-# Of the schema that the migrations write to, which is `public` unless the role has another. An extension's tables, such
-# as PostGIS's, say nothing of who uses the database.
-TABLES = text("""
-    SELECT c.relname, current_database() AS database
-      FROM pg_class c
-      JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspname = current_schema()
-     WHERE c.relkind IN ('r', 'p', 'f') AND NOT c.relispartition AND c.relname <> 'alembic_version'
-       AND NOT EXISTS (SELECT FROM pg_depend d
-                        WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e')
-     ORDER BY c.relname
-""")
-# Since the first migration.
-OUR_TABLES = {"installation", "stripe_events"}
-TABLES_NAMED = 3
-
-
-def _refuse_what_is_not_ours(connection: SyncConnection) -> None:
-    """Raise `SchemaError` for a database that is another program's, or further than this release."""
-    from alembic.runtime.migration import MigrationContext
-    from alembic.script import ScriptDirectory
-
-    known = {script.revision for script in ScriptDirectory.from_config(_alembic()).walk_revisions()}
-    for revision in MigrationContext.configure(connection).get_current_heads():
-        if revision not in known:
-            raise SchemaError(
-                f"the database is at {revision!r}, which this release does not know: it is another program's, or a"
-                " newer tallystick's"
-            )
-    tables = connection.execute(TABLES).all()
-    names = [table.relname for table in tables]
-    if names and not OUR_TABLES.issubset(names):
-        named = ", ".join(names[:TABLES_NAMED]) + (", …" if len(names) > TABLES_NAMED else "")
-        raise SchemaError(
-            f"the database {tables[0].database!r} holds other tables ({named}); give tallystick a database of its own"
-        )
-
-
-def _upgrade(connection: SyncConnection) -> None:
-    _refuse_what_is_not_ours(connection)
-    command.upgrade(_alembic(connection), "head")
-
-
-async def migrate(engine: AsyncEngine) -> None:
-    """Bring the schema up to date. Safe for several processes at once: the second waits, then finds nothing to do.
-
-    Raises `SchemaError`, having changed nothing, where there is something else than tallystick's schema.
-    """
-    # A connection of its own, without the limits that are meant for requests.
-    patient = create_async_engine(
-        engine.url, poolclass=NullPool, connect_args={"timeout": CONNECT_TIMEOUT_SECONDS}, hide_parameters=True
-    )
-    async with transaction(patient) as connection:
-        await connection.execute(text("SET LOCAL lock_timeout = '60s'"))
-        await connection.execute(text(f"SET LOCAL statement_timeout = '{MIGRATION_TIMEOUT_SECONDS}s'"))
-        await connection.execute(text("SET LOCAL timezone = 'UTC'"))
-        await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
-        await connection.run_sync(_upgrade)
-
-
-async def schema_is_current(connection: AsyncConnection) -> bool:
-    """Whether the database is at the newest migration that this code knows."""
-    from alembic.runtime.migration import MigrationContext
-    from alembic.script import ScriptDirectory
-
-    newest = await asyncio.to_thread(lambda: ScriptDirectory.from_config(_alembic()).get_current_head())
-    return await connection.run_sync(lambda sync: MigrationContext.configure(sync).get_current_heads()) == (newest,)
 
 
 def to_columns(names: Sequence[str], rows: Sequence[tuple[object, ...]]) -> dict[str, list[object]]:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from sqlalchemy import text
 
-from tallystick import db
+from tallystick import db, schema
 from tallystick.config import HOW_TO_RECEIVE_WEBHOOKS, Settings, load_settings
 from tallystick.errors import SettingsError
 from tallystick.findings import Finding, bad, brief, good, minute
@@ -99,7 +99,7 @@ async def _examine_postgres(resources: Resources, clock: Callable[[], datetime])
         async with db.transaction(resources.engine) as connection:
             version = int(await connection.scalar(text("SELECT current_setting('server_version_num')")) or 0) // 10_000
             standby = await connection.scalar(text("SELECT pg_is_in_recovery()"))
-            current = await db.schema_is_current(connection)
+            current = await schema.is_current(connection)
             settings = {
                 name: await connection.scalar(text("SELECT current_setting(:name)"), {"name": name})
                 for name in ("fsync", "synchronous_commit")

@@ -7,7 +7,7 @@ from sqlalchemy import text
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from tallystick import db
+from tallystick import db, schema
 from tallystick.metrics import REGISTRY
 from tallystick.redis_client import REDIS_ERRORS
 from tallystick.resources import Resources
@@ -45,7 +45,7 @@ async def _check_postgres(resources: Resources) -> str:
         async with asyncio.timeout(CHECK_TIMEOUT_SECONDS), db.transaction(resources.engine) as connection:
             if await connection.scalar(text("SELECT pg_is_in_recovery()")):
                 return "read-only"
-            return "ok" if await db.schema_is_current(connection) else "migrations are missing: tallystick migrate"
+            return "ok" if await schema.is_current(connection) else "migrations are missing: tallystick migrate"
     except db.STORAGE_ERRORS as error:
         return f"failed: {type(error).__name__}"
 

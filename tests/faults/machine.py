@@ -22,7 +22,7 @@ import asyncpg
 import httpx
 from pydantic import SecretStr
 
-from tallystick import db
+from tallystick import db, schema
 from tallystick.auth import SCOPES, create_key
 from tallystick.config import Settings
 from tallystick.dev.embedded import EmbeddedPostgres, EmbeddedValkey
@@ -304,7 +304,7 @@ async def open_machine(
 
         async def prepare() -> None:
             async with open_resources(machine.direct_settings(), application_name="faults") as resources:
-                await db.migrate(resources.engine)
+                await schema.migrate(resources.engine)
                 await keep_partitions(resources, datetime.now(UTC))
 
         await asyncio.gather(prepare(), machine.start("stripe"))

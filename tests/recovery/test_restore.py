@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tallystick import db
+from tallystick import db, schema
 from tallystick.auth import SCOPES, create_key
 from tallystick.dev.embedded import EmbeddedPostgres
 from tallystick.resources import Resources, open_resources
@@ -67,7 +67,7 @@ async def own(postgres: EmbeddedPostgres, servers: Servers, fake_stripe: FakeStr
     )
     async with open_resources(settings, application_name="tests") as opened:
         await opened.redis.flushdb()
-        await db.migrate(opened.engine)
+        await schema.migrate(opened.engine)
         async with db.transaction(opened.engine) as connection:
             await make_partitions(connection, NOW)
         yield opened
@@ -170,7 +170,7 @@ async def test_a_restored_database_comes_out_right_and_nothing_is_doubled(
         await postgres_tool(postgres, "dropdb", "--force", "tallystick")
         await postgres_tool(postgres, "createdb", "tallystick")
         await postgres_tool(postgres, "pg_restore", "--exit-on-error", "--no-owner", "--dbname=tallystick", str(dump))
-        await db.migrate(own.engine)
+        await schema.migrate(own.engine)
         assert await access_of(own, "acme") == ("active", "subscription_active")
         assert await access_of(own, "newcomer") is None
 

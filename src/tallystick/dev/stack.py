@@ -19,7 +19,7 @@ from types import MappingProxyType
 import httpx
 from rich.console import Console
 
-from tallystick import db
+from tallystick import db, schema
 from tallystick.auth import SCOPES, create_key, list_keys
 from tallystick.config import Settings, load_settings
 from tallystick.dev.catalogue import create_catalogue
@@ -182,7 +182,7 @@ async def open_stack(
         settings = stack.settings()
         with console.status("migrating the database"):
             async with open_resources(settings, application_name="tallystick run") as resources:
-                await db.migrate(resources.engine)
+                await schema.migrate(resources.engine)
                 await keep_partitions(resources, datetime.now(UTC))
         with console.status("starting the API and the worker"):
             for name, command in (("api", "serve"), ("worker", "worker")):
