@@ -83,21 +83,22 @@ LOCK_DUE = f"""
     {IN_ORDER} FOR UPDATE OF t {{locked}}
 """
 
-DUE_BY_TIME = """
-    (EXISTS (SELECT FROM subscriptions s WHERE s.customer = r.customer)
-     OR t.opened_at <= :held_until)
-    AND (
-        t.quantity - t.sealed >= :threshold
-        OR t.aggregation = 'count' AND t.events - t.sealed_events >= :counted
-        OR t.meter = ANY(:recorded) AND (t.sealed_at IS NULL OR t.sealed_at <= :recorded_before)
-           AND EXISTS (SELECT FROM period_boundaries b
-                        WHERE b.customer = r.customer AND b.at > :now AND b.at <= :ending)
-        OR t.bucket_end <= :settled AND (
-            t.sealed_at IS NULL
-            OR t.sealed_at <= :sealed_before
-            OR EXISTS (SELECT FROM period_boundaries b
-                        WHERE b.customer = r.customer AND b.at >= t.bucket_end AND b.at <= :now))
-    )
+# By time, a total is due for any one of these reasons, if its customer has a subscription or was waited for.
+THRESHOLD_REACHED = "t.quantity - t.sealed >= :threshold"
+MANY_COUNTED = "t.aggregation = 'count' AND t.events - t.sealed_events >= :counted"
+PERIOD_ENDS_SOON = """
+    t.meter = ANY(:recorded) AND (t.sealed_at IS NULL OR t.sealed_at <= :recorded_before)
+    AND EXISTS (SELECT FROM period_boundaries b WHERE b.customer = r.customer AND b.at > :now AND b.at <= :ending)
+"""
+BUCKET_ENDED = """
+    t.bucket_end <= :settled
+    AND (t.sealed_at IS NULL
+         OR t.sealed_at <= :sealed_before
+         OR EXISTS (SELECT FROM period_boundaries b
+                     WHERE b.customer = r.customer AND b.at >= t.bucket_end AND b.at <= :now))
+"""
+SUBSCRIBED_OR_WAITED_FOR = """
+    (EXISTS (SELECT FROM subscriptions s WHERE s.customer = r.customer) OR t.opened_at <= :held_until)
 """
 
 INSERT_DELIVERIES = text("""
@@ -155,12 +156,8 @@ class Route:
 async def seal_due(resources: Resources, now: datetime) -> int:
     """Seal every total that is due by time or threshold; how many. Other workers' totals are left to them."""
     settings = resources.settings
-    due = (
-        DUE_BY_TIME
-        if settings.seal_threshold is not None
-        else DUE_BY_TIME.replace("t.quantity - t.sealed >= :threshold\n        OR ", "")
-    )
-    parameters: dict[str, object] = {
+    reasons = [MANY_COUNTED, PERIOD_ENDS_SOON, BUCKET_ENDED]
+    asked: dict[str, object] = {
         "now": now,
         "settled": now - SETTLE,
         "sealed_before": now - timedelta(seconds=settings.seal_every_seconds),
@@ -173,8 +170,10 @@ async def seal_due(resources: Resources, now: datetime) -> int:
         "ending": now + RECORDS_BEFORE_END,
     }
     if settings.seal_threshold is not None:
-        parameters["threshold"] = settings.seal_threshold
-    return await _seal_all(resources, now, due, parameters, locked="SKIP LOCKED")
+        reasons.insert(0, THRESHOLD_REACHED)
+        asked["threshold"] = settings.seal_threshold
+    due = f"{SUBSCRIBED_OR_WAITED_FOR} AND ({' OR '.join(f'({reason})' for reason in reasons)})"
+    return await _seal_all(resources, now, due, asked, locked="SKIP LOCKED")
 
 
 async def seal_everything(resources: Resources, now: datetime) -> int:
