@@ -12,10 +12,11 @@ from sqlalchemy.exc import IntegrityError
 from tallystick import db
 from tallystick.redis_client import REDIS_ERRORS, create_redis
 from tallystick.resources import Resources
+from tallystick.stripe_limits import METER_EVENT_MAX_AGE
 from tallystick.usage.buffer import claim_and_append
 from tallystick.usage.events import MAX_DECIMALS, MAX_DIGITS, UsageEvent, plain
 from tallystick.usage.ledger import record_events
-from tallystick.usage.parts import STRIPE_MAX_AGE, delivery_timestamp, split_value
+from tallystick.usage.parts import delivery_timestamp, split_value
 from tallystick.usage.sealing import (
     FAILURES_AT_MOST,
     FIND_CUSTOMERS,
@@ -307,9 +308,9 @@ def test_a_delivery_carries_the_start_of_its_bucket_or_what_stripe_still_takes()
     start = datetime(2026, 3, 1, 7, 17, 23, tzinfo=UTC)
     end = start.replace(hour=8, minute=0, second=0)
     assert delivery_timestamp(start, end, start + timedelta(hours=1)) == start
-    half_too_old = start + STRIPE_MAX_AGE + timedelta(minutes=5)
+    half_too_old = start + METER_EVENT_MAX_AGE + timedelta(minutes=5)
     assert start < delivery_timestamp(start, end, half_too_old) < end
-    assert delivery_timestamp(start, end, half_too_old) >= half_too_old - STRIPE_MAX_AGE
+    assert delivery_timestamp(start, end, half_too_old) >= half_too_old - METER_EVENT_MAX_AGE
 
 
 async def test_what_is_too_old_for_stripe_is_parked_with_its_reason(resources: Resources) -> None:

@@ -24,6 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tallystick.errors import Conflict, NotFound
 from tallystick.notifications.outbox import Notification, queue_notifications
 from tallystick.rules import Rules
+from tallystick.stripe_limits import METER_EVENT_CANCELLABLE_FOR
 from tallystick.usage.aggregations import ADDITIVE, compute_totals
 from tallystick.usage.events import MAX_AGE, UsageEvent, plain
 from tallystick.usage.ledger import record_events
@@ -38,9 +39,9 @@ Why = Literal[
     "invoice_final", "too_old", "not_sent", "moved", "does_not_add_up", "cancellation_refused", "cancellation_not_known"
 ]
 
-# Stripe cancels a meter event within 24 hours of its receipt, which is not before its delivery was written down. The
-# hour in between is for asking again.
-CANCEL_WITHIN = timedelta(hours=23)
+# Counted from when its delivery was written down, before which Stripe cannot have received it. The hour in between is
+# for asking again.
+CANCEL_WITHIN = METER_EVENT_CANCELLABLE_FOR - timedelta(hours=1)
 
 # No client can post an id with a control character.
 MARK = "\x1f"

@@ -20,11 +20,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tallystick import db
 from tallystick.resources import Resources
 from tallystick.rules import Rules
+from tallystick.stripe_limits import IDENTIFIER_UNIQUE_FOR
 from tallystick.usage.parking import announce_parked
-from tallystick.usage.parts import STRIPE_TAKES_FOR
+from tallystick.usage.parts import OLDEST_TO_SEND
 
-# Stripe keeps an identifier for at least 24 hours; after that, saying it again could bill it again.
-UNKNOWN_FOR_AT_MOST = timedelta(hours=23)
+# When Stripe no longer recognises an identifier, saying it again could bill it again. The hour is for the try itself,
+# and for clocks.
+UNKNOWN_FOR_AT_MOST = IDENTIFIER_UNIQUE_FOR - timedelta(hours=1)
 
 INVOICES_PER_TRANSACTION = 100
 
@@ -154,7 +156,7 @@ async def set_aside(connection: AsyncConnection, ids: Collection[int], rules: Ru
     asked = {
         "ids": sorted(ids),
         "unknown_since": now - UNKNOWN_FOR_AT_MOST,
-        "oldest": int((now - STRIPE_TAKES_FOR).timestamp()),
+        "oldest": int((now - OLDEST_TO_SEND).timestamp()),
         "prices": prices_of(rules),
     }
     unfit: dict[str, set[int]] = {}

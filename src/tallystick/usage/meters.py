@@ -15,6 +15,7 @@ from tallystick import db, stripe_gateway
 from tallystick.errors import Unavailable
 from tallystick.resources import Resources
 from tallystick.rules import MeterRules
+from tallystick.stripe_limits import OBJECTS_PER_PAGE
 from tallystick.usage.aggregations import NO_RULES
 
 log = structlog.get_logger()
@@ -147,7 +148,7 @@ async def refresh_meters(resources: Resources, now: datetime) -> int:
     """
     async with db.transaction(resources.engine) as connection:
         versions = {row.id: row.version for row in await connection.execute(READ_VERSIONS)}
-    page = await resources.stripe.v1.billing.meters.list_async({"limit": 100})
+    page = await resources.stripe.v1.billing.meters.list_async({"limit": OBJECTS_PER_PAGE})
     rows = [
         {
             "id": meter.id,

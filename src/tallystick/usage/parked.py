@@ -25,7 +25,7 @@ from tallystick.rules import Rules
 from tallystick.usage.events import plain
 from tallystick.usage.late import carry, find_closed
 from tallystick.usage.parking import explain_reason
-from tallystick.usage.parts import STRIPE_TAKES_FOR
+from tallystick.usage.parts import OLDEST_TO_SEND
 
 _COLUMNS = """
     d.id, d.identifier, d.customer, d.event_name, d.value, d.events, d.aggregation, d.sender, d.timestamp, d.state,
@@ -193,7 +193,7 @@ def _refusal(row: Mapping[Any, Any], closed: Collection[int], now: datetime) -> 
         return str(row["reason"])
     if row["id"] in closed:
         return "period_closed"
-    if row["timestamp"] < (now - STRIPE_TAKES_FOR).timestamp():
+    if row["timestamp"] < (now - OLDEST_TO_SEND).timestamp():
         return "older_than_35_days"
     return None
 

@@ -26,6 +26,7 @@ from tallystick import db
 from tallystick.loops import all_ended
 from tallystick.resources import Resources
 from tallystick.stripe_gateway import STRIPE_ERRORS
+from tallystick.stripe_limits import OBJECTS_PER_PAGE
 from tallystick.usage.agreement import Hour, Judgement, judge
 from tallystick.usage.meters import Meter, read_meters
 from tallystick.usage.rates import wait_to_ask
@@ -49,7 +50,7 @@ CONCURRENCY = 8
 # As long as a whole run may take while every call of it times out, and some.
 LEASE = timedelta(minutes=15)
 
-SUMMARIES_PER_PAGE = 100
+SUMMARIES_PER_PAGE = OBJECTS_PER_PAGE
 
 # Those whose turn was longest ago, so that hours which do not agree leave room for others. One that was never answered
 # has only the time when it is to be asked again.

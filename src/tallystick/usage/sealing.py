@@ -30,13 +30,14 @@ from tallystick import db
 from tallystick.redis_client import REDIS_ERRORS
 from tallystick.resources import Resources
 from tallystick.rules import MeterRules
+from tallystick.stripe_limits import METER_EVENT_MAX_AGE
 from tallystick.usage.aggregations import NO_RULES
 from tallystick.usage.cuts import cut_totals
 from tallystick.usage.drain import drain
 from tallystick.usage.events import plain
 from tallystick.usage.meters import read_meters
 from tallystick.usage.parking import announce_parked
-from tallystick.usage.parts import COUNTED_PER_SEAL, STRIPE_MAX_AGE, Part, Total, list_parts, make_identifier
+from tallystick.usage.parts import COUNTED_PER_SEAL, Part, Total, list_parts, make_identifier
 from tallystick.usage.sealing_requests import forget_requests, read_requests
 
 # To find what is due costs a look at all that is open, so it is done once for many; it is sealed in transactions of a
@@ -366,7 +367,7 @@ def _close(parts: Sequence[Part]) -> list[_Seal]:
 def _write_delivery(installation: str, part: Part, route: Route, now: datetime) -> _Delivery:
     total = part.total
     state, reason = "pending", None
-    if part.at < now - STRIPE_MAX_AGE:
+    if part.at < now - METER_EVENT_MAX_AGE:
         state, reason = "parked", "older_than_35_days"
     elif part.parked is not None:
         state, reason = "parked", part.parked

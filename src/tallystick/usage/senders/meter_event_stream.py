@@ -15,10 +15,8 @@ from stripe import StripeClient
 from stripe.params.v2.billing import MeterEventStreamCreateParamsEvent
 
 from tallystick.stripe_gateway import MeterEventSession, error_code, request_id
+from tallystick.stripe_limits import STREAM_EVENTS_PER_REQUEST
 from tallystick.usage.senders.outcomes import Message, Outcome, read_outcome
-
-# Stripe's limit (https://docs.stripe.com/api/v2/billing/meter-event-stream/create).
-EVENTS_PER_REQUEST = 100
 
 # Said by Stripe when the session has ended before its time.
 SESSION_EXPIRED = "billing_meter_event_session_expired"
@@ -45,7 +43,8 @@ async def send_stream(
         middle = len(some) // 2
         return await send(some[:middle]) + await send(some[middle:])
 
-    requests = [messages[at : at + EVENTS_PER_REQUEST] for at in range(0, len(messages), EVENTS_PER_REQUEST)]
+    size = STREAM_EVENTS_PER_REQUEST
+    requests = [messages[at : at + size] for at in range(0, len(messages), size)]
     return [outcome for answered in await asyncio.gather(*map(send, requests)) for outcome in answered]
 
 
