@@ -142,6 +142,39 @@ async def test_one_bad_event_does_not_take_the_others_of_its_request_along(
     assert len(await taken_by_stripe(fake_stripe)) == 8
 
 
+async def test_one_repeat_does_not_make_the_others_of_its_request_sent(
+    resources: Resources, fake_stripe: FakeStripe
+) -> None:
+    """A worker died after a part of what it was to send; its lease ended, and what was new since is in one request."""
+    (await fake_stripe.control.post("/_fake/settings", json={"stream_refuses_repeats": True})).raise_for_status()
+    await make_streamed(resources, fake_stripe, 9)
+    await run(
+        resources, "UPDATE usage_deliveries SET next_attempt_at = 'infinity' WHERE customer IN ('cus_3', 'cus_5')"
+    )
+    await deliver_all(resources, datetime.now(UTC))
+    await run(resources, "UPDATE usage_deliveries SET state = 'pending', next_attempt_at = now()")
+    await deliver_all(resources, datetime.now(UTC))
+    assert [request["status"] for request in await requests_to(fake_stripe, STREAM)][:2] == [200, 400]
+    assert await read_all(resources, STATES) == [("sent", 9)]
+    assert len(await taken_by_stripe(fake_stripe)) == 9
+    reasons = "SELECT reason FROM usage_deliveries WHERE customer IN ('cus_3', 'cus_5')"
+    assert await read_all(resources, reasons) == [(None,), (None,)]
+
+
+async def test_a_stream_request_that_was_taken_without_an_answer_is_sent_once(
+    resources: Resources, fake_stripe: FakeStripe
+) -> None:
+    (await fake_stripe.control.post("/_fake/settings", json={"stream_refuses_repeats": True})).raise_for_status()
+    await make_streamed(resources, fake_stripe, 5)
+    await misbehave(fake_stripe, "timeout_after", path=STREAM, seconds=0)
+    await deliver(resources, datetime.now(UTC))
+    await deliver(resources, await next_due(resources))
+    assert await read_all(resources, "SELECT DISTINCT state, reason, unknown_since FROM usage_deliveries") == [
+        ("sent", "repeat", None)
+    ]
+    assert len(await taken_by_stripe(fake_stripe)) == 5
+
+
 async def test_the_streams_rate_is_its_own(resources: Resources, fake_stripe: FakeStripe) -> None:
     await make_streamed(resources, fake_stripe, 12)
     settings = {"stripe_stream_events_per_second": 10, "stripe_calls_per_second": 1}

@@ -26,6 +26,7 @@ from tallystick.resources import Resources
 from tallystick.stripe_gateway import STRIPE_ERRORS
 from tallystick.stripe_limits import EVENTS_LISTED_FOR, WEBHOOKS_TRIED_FOR
 from tallystick.usage.parking import announce_parked
+from tallystick.usage.senders.outcomes import DUPLICATE
 
 log = structlog.get_logger()
 
@@ -204,7 +205,8 @@ def _read_samples(reason: Mapping[str, Any]) -> Iterator[Sample]:
             request = _object(_object(sample).get("request"))
             # Stripe documents both names.
             key = request.get("identifier") or request.get("idempotency_key")
-            if not isinstance(code, str) or not isinstance(key, str):
+            # A repeat was taken the first time: parked, it could be resent, and then be billed twice.
+            if not isinstance(code, str) or not isinstance(key, str) or code == DUPLICATE:
                 continue
             named = KEY.fullmatch(key)
             message = _object(sample).get("error_message")

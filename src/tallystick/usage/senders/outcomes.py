@@ -8,6 +8,8 @@ import stripe
 
 from tallystick.stripe_gateway import error_code, never_reached, request_id
 
+# A repeat is refused by v2 with a code, and by v1 in these words and with no code at all.
+DUPLICATE = "duplicate_meter_event"
 ALREADY_SENT = "already exists with identifier"
 
 
@@ -49,7 +51,7 @@ def read_outcome(error: stripe.StripeError) -> Outcome:
     reason = error_code(error) or type(error).__name__
     if isinstance(error, stripe.APIConnectionError):
         return Outcome("retry", type(error.__cause__ or error).__name__, unknown=not never_reached(error))
-    if status == 400 and ALREADY_SENT in str(error.user_message or error):
+    if status == 400 and (reason == DUPLICATE or ALREADY_SENT in str(error.user_message or error)):
         return Outcome("sent", "repeat", http_status=status, request_id=answered)
     if status is None or status >= 500 or status == 409:
         return Outcome("retry", reason, unknown=True, http_status=status, request_id=answered)
