@@ -1,7 +1,8 @@
 """Usage that comes too late for its invoice. Stripe takes it even so, and bills it nowhere.
 
     before it is sent   parked as `period_closed`, or carried into the open period (`[usage] late` in the rules file);
-                        in the transaction of the claim, so that nothing is sent that is known to be too late
+                        in the transaction of the claim, so that nothing is sent that is known to be too late, or whose
+                        outcome only Stripe's summaries can tell
     after it was sent   marked `taken_late`, and the product is told: when it is settled, or when the invoice's end
                         becomes known later than that
 
@@ -59,12 +60,22 @@ _IS_CLOSED = f"{MAY_BE_CLOSED} AND EXISTS ({_CLOSED_AT})"
 
 FIND_CLOSED = text(f"SELECT d.id FROM usage_deliveries d WHERE d.id = ANY(:ids) AND {_IS_CLOSED}")  # noqa: S608
 
+# The name has gone to a meter that was made anew, with another formula: a sum would be counted there as one event.
+_HAS_ANOTHER_METER = """
+    d.sender <> 'usage_records'
+    AND CASE WHEN d.aggregation IN ('max', 'unique_count') THEN 'last' ELSE d.aggregation END
+        <> (SELECT m.formula FROM meters m WHERE m.event_name = d.event_name AND m.status = 'active'
+             ORDER BY m.refreshed_at DESC, m.id LIMIT 1)
+"""
+
 # What was tried is left as it is: its bytes never change, and an earlier try may have been taken. Usage records are set
 # and not added: saying one again is harmless however long ago the first try was.
 FIND_UNFIT = text(f"""
     SELECT id, reason
       FROM (SELECT d.id,
                    CASE WHEN d.unknown_since <= :unknown_since AND d.sender <> 'usage_records' THEN 'outcome_unknown'
+                        WHEN {_HAS_ANOTHER_METER}
+                        THEN CASE WHEN d.unknown_since IS NULL THEN 'meter_changed' ELSE 'outcome_unknown' END
                         WHEN d.unknown_since IS NOT NULL THEN NULL
                         WHEN {_IS_CLOSED} THEN 'period_closed'
                         WHEN d.timestamp < :oldest THEN 'older_than_35_days' END AS reason
