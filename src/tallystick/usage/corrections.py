@@ -44,7 +44,7 @@ Why = Literal[
 CANCEL_WITHIN = METER_EVENT_CANCELLABLE_FOR - timedelta(hours=1)
 
 # No client can post an id with a control character.
-MARK = "\x1f"
+CONTROL_CHARACTER = "\x1f"
 
 LOCK_ID = text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
 
@@ -177,7 +177,7 @@ async def record_correction(connection: AsyncConnection, wanted: Wanted, rules: 
 
     Raises `NotFound` when the ledger has no such event, and `Conflict` when it cannot be corrected (again).
     """
-    await connection.execute(LOCK_ID, {"name": f"{wanted.source}{MARK}{wanted.id}"})
+    await connection.execute(LOCK_ID, {"name": f"{wanted.source}{CONTROL_CHARACTER}{wanted.id}"})
     known = (await connection.execute(FIND_CORRECTION, {"source": wanted.source, "id": wanted.id})).one_or_none()
     if known is not None:
         if not _is_same(wanted, known):
@@ -304,7 +304,7 @@ async def carry_out(
     if way.method == "compensate":
         compensation = UsageEvent(
             source=event.source,
-            id=f"correction{MARK}{correction.id}",
+            id=f"correction{CONTROL_CHARACTER}{correction.id}",
             customer_ref=event.customer_ref,
             meter=event.meter,
             value=correction.delta,

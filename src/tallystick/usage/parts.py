@@ -23,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tallystick.stripe_limits import METER_EVENT_DIGITS, METER_EVENT_MAX_AGE, METER_EVENT_MAX_AHEAD
 from tallystick.usage.aggregations import COUNTED_OPEN_SEAL
 from tallystick.usage.events import plain
-from tallystick.usage.periods import Period, Usage, find_periods
+from tallystick.usage.periods import Period, UsageMoment, find_periods
 
 LARGEST_PART = Decimal(10) ** METER_EVENT_DIGITS - 1
 MAX_SUM_DIGITS = 100
@@ -233,7 +233,7 @@ async def _list_running(connection: AsyncConnection, totals: Sequence[Total], no
         await connection.execute(TAKE_TURN, {"lock": RUNNING_LOCK, "name": f"{customer} {meter}"})
     refs = await _find_refs(connection, totals)
     periods = await find_periods(
-        connection, [Usage(total.customer, total.meter, total.bucket_start) for total in totals]
+        connection, [UsageMoment(total.customer, total.meter, total.bucket_start) for total in totals]
     )
     keys = [
         (total.customer, total.meter, total.aggregation, period) for total, period in zip(totals, periods, strict=True)

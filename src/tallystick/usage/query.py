@@ -21,10 +21,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tallystick.errors import InvalidRequest
 from tallystick.rules import Rules
+from tallystick.usage.aggregations import Aggregation
 from tallystick.usage.buckets import floor_hour
 from tallystick.usage.windows import Window, cut_at_periods, list_starts
-
-Aggregation = Literal["sum", "count", "last", "max", "unique_count"]
 
 FIND_CUSTOMER = text("SELECT customer FROM customer_references WHERE ref = :ref")
 FIND_REFS = text("SELECT ref FROM customer_references WHERE customer = :customer")

@@ -49,7 +49,7 @@ TOTALS_PER_TRANSACTION = 1_000
 FAILURES_AT_MOST = 10
 
 # Usage of an hour that has just ended may still be on its way through Redis.
-SETTLE = timedelta(seconds=60)
+HOUR_SETTLES_IN = timedelta(seconds=60)
 
 # Usage records of a period are taken until it ends, so that its last ones must be told before: the nearer its end the
 # less is left out, and each telling is a call.
@@ -160,7 +160,7 @@ async def seal_due(resources: Resources, now: datetime) -> int:
     reasons = [MANY_COUNTED, PERIOD_ENDS_SOON, BUCKET_ENDED]
     asked: dict[str, object] = {
         "now": now,
-        "settled": now - SETTLE,
+        "settled": now - HOUR_SETTLES_IN,
         "sealed_before": now - timedelta(seconds=settings.seal_every_seconds),
         "held_until": now - timedelta(hours=settings.hold_without_subscription_hours),
         "counted": COUNTED_PER_SEAL,

@@ -21,7 +21,7 @@ from tallystick import db
 from tallystick.resources import Resources
 from tallystick.usage.buffer import is_remembered
 from tallystick.usage.events import plain
-from tallystick.usage.sealing import SETTLE
+from tallystick.usage.sealing import HOUR_SETTLES_IN
 
 OpenBecause = Literal[
     "reference_not_linked",
@@ -166,7 +166,7 @@ def _why_open(event: Mapping[Any, Any], price: str | None, held: timedelta, now:
         return "meter_changed" if event["formulas"] else "meter_not_known"
     if not event["subscribed"] and event["opened_at"] > now - held:
         return "no_subscription"
-    return "hour_not_ended" if event["bucket_end"] > now - SETTLE else "sealed_at_next_run"
+    return "hour_not_ended" if event["bucket_end"] > now - HOUR_SETTLES_IN else "sealed_at_next_run"
 
 
 def _delivery(row: Mapping[Any, Any], attempts: list[dict[str, Any]]) -> dict[str, Any]:
