@@ -83,12 +83,14 @@ FIND_UNFIT = text(f"""
      WHERE reason IS NOT NULL
 """)  # noqa: S608
 
-# A quantity that adds up may be billed in another period than it was used in; a latest or greatest value may not.
+# A quantity that adds up may be billed in another period than it was used in; a latest or greatest value may not. Nor
+# may many events of a meter that counts, of which one delivery says that they were too old: it would count them as one.
 CARRY = text(f"""
     UPDATE usage_deliveries d
        SET timestamp = CAST(:second AS bigint), carried_from = coalesce(d.carried_from, t.bucket_start)
       FROM usage_totals t, (SELECT to_timestamp(CAST(:second AS bigint)) AS at) present
-     WHERE d.id = ANY(:ids) AND t.id = d.total_id AND d.aggregation IN ('sum', 'count')
+     WHERE d.id = ANY(:ids) AND t.id = d.total_id
+       AND (d.aggregation = 'sum' OR d.aggregation = 'count' AND d.events = 1)
        AND EXISTS (SELECT FROM metered_periods m
                     WHERE m.customer = d.customer AND {_BILLS}
                       AND m.period_start <= present.at AND m.period_end > present.at
@@ -190,7 +192,8 @@ async def find_closed(connection: AsyncConnection, ids: Collection[int], rules: 
 async def carry(connection: AsyncConnection, ids: Collection[int], rules: Rules, now: datetime) -> set[int]:
     """Move deliveries to the present second, in the open period; which ones could be moved.
 
-    Not those of `last`, `max` and `unique_count`, and not those of a customer without an open period for the meter.
+    Not those of `last`, `max` and `unique_count`, not many events of `count` in one, and not those of a customer
+    without an open period for the meter.
     """
     if not ids:
         return set()
