@@ -119,6 +119,29 @@ async def test_a_redirection_is_not_followed() -> None:
     assert failed.value.http_status == 302
 
 
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (200, b"<html>Sign in</html>"),
+        (302, b""),
+        (400, b"<html>Bad Request</html>"),
+        (403, b'{"message": "Forbidden"}'),
+        (429, b"slow down"),
+    ],
+)
+async def test_an_answer_that_is_not_stripes_leaves_open_whether_stripe_heard_the_call(
+    status: int, body: bytes
+) -> None:
+    async def say(writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 %d Some\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body))
+
+    async with answering(say) as address:
+        with pytest.raises(stripe.StripeError) as failed:
+            await call(f"http://{address}")
+    outcome = read_outcome(failed.value)
+    assert (outcome.state, outcome.unknown, outcome.http_status) == ("retry", True, status)
+
+
 async def test_the_proxy_of_the_environment_is_used_but_for_the_exceptions(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTP_PROXY", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
