@@ -21,7 +21,7 @@ from tallystick.usage.ledger import record_events
 from tallystick.usage.parked import resend
 from tallystick.usage.sealing import seal_everything
 from tallystick.usage.senders.meter_events import send_meter_events
-from tallystick.usage.senders.outcomes import Outcome
+from tallystick.usage.senders.outcomes import Message, Outcome
 from tallystick.worker import LOOPS
 from tests.conftest import FakeStripe
 from tests.usage.making import METER, conservation, last_hour, make_customer, make_event, read_all, run
@@ -49,6 +49,13 @@ async def make_streamed(resources: Resources, fake: FakeStripe, number: int) -> 
 async def requests_to(fake: FakeStripe, path: str) -> list[dict[str, Any]]:
     requests = (await fake.control.get("/_fake/requests")).json()["requests"]
     return [request for request in reversed(requests) if request["path"] == path]
+
+
+async def test_a_process_that_was_stopped_for_long_makes_no_further_call(fake_stripe: FakeStripe) -> None:
+    message = Message(METER, "too-late", {"stripe_customer_id": "cus_1", "value": "1"}, 0, 1)
+    outcomes = await send_meter_events(fake_stripe.client, [message] * 3, lanes=2, seconds=-1)
+    assert outcomes == [Outcome("retry", "out_of_time")] * 3
+    assert await requests_to(fake_stripe, "/v1/billing/meter_events") == []
 
 
 async def test_the_stream_takes_a_hundred_deliveries_a_request(resources: Resources, fake_stripe: FakeStripe) -> None:

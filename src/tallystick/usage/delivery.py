@@ -305,7 +305,8 @@ async def _send(resources: Resources, sender: Sender, claimed: Sequence[Claimed]
     messages = [delivery.message for delivery in claimed]
     match sender:
         case "meter_events":
-            return await send_meter_events(resources.stripe, messages, lanes=CALLS_AT_ONCE)
+            seconds = (lease(resources.settings, sender) - LEASE_MARGIN) // timedelta(seconds=1)
+            return await send_meter_events(resources.stripe, messages, lanes=CALLS_AT_ONCE, seconds=seconds)
         case "meter_event_stream":
             session = resources.meter_event_session
             return await send_stream(session, messages, now, lanes=STREAM_REQUESTS_AT_ONCE, seconds=STREAM_SECONDS)
