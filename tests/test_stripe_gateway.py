@@ -8,7 +8,8 @@ import pytest
 import stripe
 
 from tallystick.stripe_gateway import Connections, never_reached
-from tallystick.usage.senders.outcomes import read_outcome
+from tallystick.usage.senders.meter_events import send_meter_events
+from tallystick.usage.senders.outcomes import Message, read_outcome
 
 Answer = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
@@ -91,6 +92,32 @@ async def test_what_breaks_after_the_call_was_made_leaves_open_whether_stripe_he
     assert outcome.reason == type(failed.value.__cause__).__name__
 
 
+async def test_a_kept_connection_that_is_reset_leaves_open_whether_the_call_was_heard() -> None:
+    """Stripe, or what is in between, may close an idle connection in the moment in which a call is made on it."""
+    heard: list[bytes] = []
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            heard.append(await reader.readexactly(int(head.lower().partition(b"content-length: ")[2].split()[0])))
+            if len(heard) > 1:
+                writer.transport.abort()
+                return
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+
+    connections = Connections(5)
+    try:
+        async with await asyncio.start_server(take, "127.0.0.1", 0) as server:
+            base = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            client = stripe.StripeClient("sk_test_1", base_addresses={"api": base}, http_client=connections)
+            message = Message("calls", "tally-1", {"value": "1"}, 0, 1)
+            outcomes = await send_meter_events(client, [message, message], lanes=1, seconds=5)
+    finally:
+        await connections.close_async()
+    assert [(outcome.state, outcome.unknown) for outcome in outcomes] == [("sent", False), ("retry", True)]
+    assert len(heard) == 2, "whether it is said again is for the delivery to decide"
+
+
 async def test_a_call_without_a_connection_was_not_heard() -> None:
     with pytest.raises(stripe.APIConnectionError) as refused:
         await call("http://127.0.0.1:1")
@@ -117,6 +144,29 @@ async def test_a_redirection_is_not_followed() -> None:
         with pytest.raises(stripe.APIError) as failed:
             await call(f"http://{address}")
     assert failed.value.http_status == 302
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (200, b"<html>Sign in</html>"),
+        (302, b""),
+        (400, b"<html>Bad Request</html>"),
+        (403, b'{"message": "Forbidden"}'),
+        (429, b"slow down"),
+    ],
+)
+async def test_an_answer_that_is_not_stripes_leaves_open_whether_stripe_heard_the_call(
+    status: int, body: bytes
+) -> None:
+    async def say(writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 %d Some\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body))
+
+    async with answering(say) as address:
+        with pytest.raises(stripe.StripeError) as failed:
+            await call(f"http://{address}")
+    outcome = read_outcome(failed.value)
+    assert (outcome.state, outcome.unknown, outcome.http_status) == ("retry", True, status)
 
 
 async def test_the_proxy_of_the_environment_is_used_but_for_the_exceptions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,7 +231,7 @@ def flush(json_: Json = False) -> None:
 
 @app.command()
 def doctor(json_: Json = False) -> None:
-    """Look at every part that is needed: `ok`, or how to mend it. Exit code 1 if something is wrong."""
+    """Look at every part that is needed: `ok`, `look`, or how to mend it. Exit code 1 if something is wrong."""
     from tallystick.doctor import examine
 
     with err.status("examining"):
@@ -240,7 +240,8 @@ def doctor(json_: Json = False) -> None:
         out.print_json(json.dumps([finding.as_json() for finding in findings]))
     else:
         for finding in findings:
-            out.print("[green]ok   [/]" if finding.good else "[bold red]wrong[/]", end="  ")
+            well = "[yellow]look [/]" if finding.notable else "[green]ok   [/]"
+            out.print(well if finding.good else "[bold red]wrong[/]", end="  ")
             out.print(f"{finding.part}: {finding.text}", markup=False)
     sys.exit(0 if all(finding.good for finding in findings) else 1)
 

@@ -12,7 +12,7 @@ from sqlalchemy import text
 from tallystick import db, schema
 from tallystick.config import HOW_TO_RECEIVE_WEBHOOKS, Settings, load_settings
 from tallystick.errors import SettingsError
-from tallystick.findings import Finding, bad, brief, good, minute
+from tallystick.findings import Finding, bad, brief, good, minute, notable
 from tallystick.loops import read_last_done
 from tallystick.mirror.marks import NEVER
 from tallystick.notifications.addresses import AddressRefused, resolve
@@ -20,9 +20,10 @@ from tallystick.redis_client import REDIS_ERRORS
 from tallystick.resources import Resources, open_resources
 from tallystick.rules import NotificationEndpoint, Rules, load_rules
 from tallystick.stripe_gateway import STRIPE_ERRORS
+from tallystick.stripe_limits import METER_EVENT_MAX_AGE
 from tallystick.usage.buffer import measure_ids
-from tallystick.usage.meters import Meter, list_unfit
-from tallystick.usage.query import count_unlinked
+from tallystick.usage.meters import list_unfit, meter_of
+from tallystick.usage.query import find_unlinked
 from tallystick.webhooks.endpoint_setup import is_ours, list_endpoints, problems_of
 from tallystick.webhooks.reading import Reader
 from tallystick.webhooks.recovery import read_recovery
@@ -38,6 +39,8 @@ FULLEST_REDIS = 0.8
 # A loop notes its runs every ten seconds, and waits for half a minute after a failure.
 LOOP_LATE_AFTER = timedelta(minutes=2)
 CONNECT_SECONDS = 3
+# Usage often comes before its customer is linked. Two weeks are left then to find out whose it is.
+UNLINKED_FOR_AT_MOST = METER_EVENT_MAX_AGE - timedelta(weeks=2)
 # The worker's loop runs each minute, and stays five minutes behind on purpose.
 RECOVERED_WITHIN = timedelta(minutes=20)
 
@@ -59,7 +62,7 @@ async def examine(clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> 
         findings += [finding async for finding in _examine_stripe(resources, clock, rules)]
         if all(finding.good for finding in postgres[:2]):
             findings += [finding async for finding in _examine_events(resources, clock())]
-            findings.append(await _examine_usage(resources))
+            findings.append(await _examine_usage(resources, clock()))
         findings += [finding async for finding in _examine_worker(resources, clock())]
     findings += await asyncio.gather(*(_examine_receiver(endpoint) for endpoint in rules.notifications))
     return findings
@@ -269,7 +272,7 @@ async def _examine_meters(resources: Resources, rules: Rules) -> Finding:
     while cursor is not None:
         page, cursor = await Reader(resources).page("/v1/billing/meters", cursor, status="active")
         listed += page
-    meters = {meter.event_name: meter for meter in map(_meter_of, listed)}
+    meters = {meter.event_name: meter for meter in map(meter_of, listed)}
     unfit = list_unfit(meters, rules.meters)
     names = meters.keys() | {name for name, meter in rules.meters.items() if meter.sender == "usage_records"}
     usable = names - unfit.keys()
@@ -292,18 +295,6 @@ async def _examine_portal(resources: Resources, mode: str) -> Finding:
     if not resources.settings.portal_return_origins:
         return good("portal", "it has a default configuration; TALLYSTICK_PORTAL_RETURN_ORIGINS allows no return_url")
     return good("portal", "it has a default configuration")
-
-
-def _meter_of(listed: Mapping[str, Any]) -> Meter:
-    return Meter(
-        id=listed["id"],
-        event_name=listed["event_name"],
-        formula=listed["default_aggregation"]["formula"],
-        customer_key=listed["customer_mapping"]["event_payload_key"],
-        value_key=listed["value_settings"]["event_payload_key"],
-        event_time_window=listed.get("event_time_window"),
-        status=listed["status"],
-    )
 
 
 # What was received
@@ -345,15 +336,18 @@ async def _examine_events(resources: Resources, now: datetime) -> AsyncIterator[
         yield bad("meter event stream", f"Stripe gives no session ({no_session}): {live}use the sender meter_events")
 
 
-async def _examine_usage(resources: Resources) -> Finding:
+async def _examine_usage(resources: Resources, now: datetime) -> Finding:
     async with db.transaction(resources.engine) as connection:
-        number, first = await count_unlinked(connection)
-    if not number:
+        unlinked = await find_unlinked(connection)
+    if unlinked is None:
         return good("usage", "all of it belongs to customers")
-    return bad(
+    whose = "1 reference has" if unlinked.number == 1 else f"{unlinked.number} references have"
+    finding = bad if unlinked.since < now - UNLINKED_FOR_AT_MOST else notable
+    return finding(
         "usage",
-        f"{number} {'reference has' if number == 1 else 'references have'} usage that belongs to no customer, such as"
-        f" {first!a}: link each by PUT /v1/customers/{{ref}}; docs/operations.md, TallystickUsageUnlinked, lists them",
+        f"{whose} usage that belongs to no customer; the oldest, of {unlinked.oldest!a}, is from"
+        f" {minute(unlinked.since)}, and Stripe takes it for {METER_EVENT_MAX_AGE.days} days: link each by PUT"
+        " /v1/customers/{ref}; docs/operations.md, TallystickUsageUnlinked, lists them",
     )
 
 

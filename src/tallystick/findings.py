@@ -6,19 +6,28 @@ from datetime import datetime
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found about one part. `text` says what it is when it is good, and how to mend it when it is not."""
+    """What was found about one part. `text` says what it is when it is good, and how to mend it when it is not.
+
+    `notable`: good, and yet worth a look.
+    """
 
     part: str
     good: bool
     text: str
+    notable: bool = False
 
     def as_json(self) -> dict[str, object]:
-        return {"part": self.part, "ok": self.good, "text": self.text}
+        return {"part": self.part, "ok": self.good, "notable": self.notable, "text": self.text}
 
 
 def good(part: str, text: str) -> Finding:
     """A part that is as it should be."""
     return Finding(part, good=True, text=text)
+
+
+def notable(part: str, text: str) -> Finding:
+    """A part that may be as it should be: somebody has to look."""
+    return Finding(part, good=True, text=text, notable=True)
 
 
 def bad(part: str, text: str) -> Finding:

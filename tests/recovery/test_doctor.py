@@ -325,11 +325,22 @@ async def test_events_in_quarantine_and_an_unfinished_sync_are_told(healthy: Res
     assert found["quarantine"].startswith("1 event")
 
 
-async def test_usage_that_belongs_to_no_customer_is_told(healthy: Resources) -> None:
+async def test_usage_that_belongs_to_no_customer_is_worth_a_look_and_wrong_before_it_is_too_old(
+    healthy: Resources,
+) -> None:
+    now = datetime.now(UTC)
     async with db.transaction(healthy.engine) as connection:
-        await record_events(connection, [make_event(customer_ref="acmee")], accepted_already=True)
+        events = [
+            make_event("e1", customer_ref="acmee", at=now - timedelta(days=20)),
+            make_event("e2", customer_ref="a", at=now),
+        ]
+        await record_events(connection, events, accepted_already=True)
+    (usage,) = [finding for finding in await examine() if finding.part == "usage"]
+    assert (usage.good, usage.notable) == (True, True)
+    hour = f"{now - timedelta(days=20):%Y-%m-%d %H}:00 UTC"
+    told = f"2 references have usage that belongs to no customer; the oldest, of 'acmee', is from {hour},"
+    assert usage.text.startswith(told)
+    assert await wrong() == {}
 
-    found = await wrong()
-
-    assert list(found) == ["usage"]
-    assert found["usage"].startswith("1 reference has usage that belongs to no customer, such as 'acmee'")
+    await change(healthy, "UPDATE usage_totals SET bucket_start = bucket_start - interval '1 day'")
+    assert list(await wrong()) == ["usage"]

@@ -10,7 +10,7 @@ from tallystick import db
 from tallystick.resources import Resources
 from tallystick.usage.buffer import IDS
 from tallystick.usage.drain import drain
-from tallystick.usage.restored import MARK, compare_marks
+from tallystick.usage.restored import MARK_KEY, compare_marks
 from tests.usage.making import conservation, make_meter
 
 NOW = datetime.now(UTC)
@@ -54,5 +54,5 @@ async def test_the_api_notices_it_before_its_first_request(app: FastAPI, resourc
 
 async def test_a_redis_that_remembers_nothing_is_no_restore(resources: Resources) -> None:
     await compare_marks(resources, NOW)
-    await resources.redis.delete(MARK)
+    await resources.redis.delete(MARK_KEY)
     assert await compare_marks(resources, NOW) == 0

@@ -334,7 +334,8 @@ async def test_what_is_sealed_alone_and_not_tried_yet_is_never_sent(
     client: httpx.AsyncClient, resources: Resources, fake_stripe: FakeStripe
 ) -> None:
     await make_deliveries(resources, fake_stripe, "5")
-    await correct(client, event_id="e0")
+    answer = await correct(client, event_id="e0")
+    assert (answer.status_code, answer.json().get("method")) == (200, "cancel"), answer.text
     await cancel(resources)
     await deliver_all(resources, datetime.now(UTC))
     assert await taken_by_stripe(fake_stripe) == []

@@ -19,7 +19,7 @@ from tallystick.usage.delivery import CHOOSE, SETTLE, backoff, deliver, deliver_
 from tallystick.usage.late import UNKNOWN_FOR_AT_MOST
 from tallystick.usage.ledger import record_events
 from tallystick.usage.meters import refresh_meters
-from tallystick.usage.parts import STRIPE_TAKES_FOR
+from tallystick.usage.parts import OLDEST_TO_SEND
 from tallystick.usage.rates import wait_to_ask
 from tallystick.usage.reconciliation import reconcile_sent
 from tallystick.usage.sealing import seal_everything
@@ -185,7 +185,7 @@ async def test_what_stripe_still_takes_is_sent_as_late_in_its_hour_as_need_be(
     start = last_hour(0) - timedelta(days=33)
     async with db.transaction(resources.engine) as connection:
         await record_events(connection, [make_event(at=start + timedelta(minutes=30))], accepted_already=True)
-    now = start + STRIPE_TAKES_FOR + timedelta(minutes=minutes)
+    now = start + OLDEST_TO_SEND + timedelta(minutes=minutes)
     await seal_everything(resources, now)
     await deliver_all(resources, now)
     assert await read_all(resources, "SELECT state, reason FROM usage_deliveries") == [("sent", None)]

@@ -151,3 +151,21 @@ async def test_both_documented_names_of_a_samples_request_are_read(
     monkeypatch.setattr(Connections, "request_async", rename)
     await fetch_error_reports(resources, datetime.now(UTC))
     assert await read_all(resources, STATES) == REPORTED
+
+
+async def test_a_repeat_that_is_reported_parks_nothing(
+    resources: Resources, fake_stripe: FakeStripe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stripe does not say that it reports repeats. Parked, one could be resent under another identifier."""
+    await make_unbillable(resources, fake_stripe)
+    await report(fake_stripe)
+    await find_error_reports(resources, datetime.now(UTC))
+    call = Connections.request_async
+
+    async def rename(self: Connections, *call_of: Any, **more: Any) -> tuple[bytes, int, Mapping[str, str]]:
+        body, status, headers = await call(self, *call_of, **more)
+        return body.replace(b"meter_event_customer_not_found", b"duplicate_meter_event"), status, headers
+
+    monkeypatch.setattr(Connections, "request_async", rename)
+    assert await fetch_error_reports(resources, datetime.now(UTC)) == 1
+    assert await read_all(resources, "SELECT DISTINCT state FROM usage_deliveries") == [("sent",)]

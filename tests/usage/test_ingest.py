@@ -28,7 +28,7 @@ from tallystick.usage.buffer import Buffer
 from tallystick.usage.drain import drain
 from tallystick.usage.ingest import Breaker
 from tallystick.usage.meters import MeterCache, find_meters
-from tallystick.usage.restored import MARK
+from tallystick.usage.restored import MARK_KEY
 from tests.conftest import FakeStripe, Servers, open_client
 from tests.slow import started
 from tests.usage.making import (
@@ -559,4 +559,4 @@ async def test_a_card_number_is_refused_wherever_it_would_be_kept(
     assert (status, rejected["code"]) == (422, "card_number")
     assert where in rejected["message"]
     assert (await client.put("/v1/customers/4242424242424242", json={"customer": "cus_1"})).status_code == 422
-    assert await resources.redis.keys("*") in ([], [MARK.encode()])  # where the API began with an empty Redis
+    assert await resources.redis.keys("*") in ([], [MARK_KEY.encode()])  # where the API began with an empty Redis

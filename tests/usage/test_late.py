@@ -88,6 +88,7 @@ async def test_usage_that_is_too_late_is_carried_into_the_open_period_by_setting
 ) -> None:
     _, end = await make_closed(resources, fake_stripe, "1", "2", "3")
     await run(resources, "UPDATE usage_deliveries SET aggregation = 'last' WHERE value = 3")
+    await run(resources, "UPDATE meters SET status = 'inactive'")  # nor is it an active one's, which adds up
     now = datetime.now(UTC)
     await deliver_all(carrying(resources, tmp_path), now)
     assert await read_all(resources, STATES) == [

@@ -11,14 +11,26 @@ from typer.testing import CliRunner, Result
 
 from tallystick import cli, db
 from tallystick.resources import Resources
+from tallystick.stripe_limits import METER_EVENT_MAX_AGE
 from tallystick.usage.delivery import deliver, deliver_all
 from tallystick.usage.error_reports import fetch_error_reports, find_error_reports
+from tallystick.usage.late import carry
 from tallystick.usage.ledger import record_events
 from tallystick.usage.parked import ALTERNATIVES, Decision, explain, list_parked, resend, void
 from tallystick.usage.parking import PARKED
-from tallystick.usage.sealing import seal_due
+from tallystick.usage.sealing import seal_due, seal_everything
 from tests.conftest import FakeStripe
-from tests.usage.making import METER, conservation, make_customer, make_event, make_meter, read_all, run
+from tests.usage.making import (
+    METER,
+    conservation,
+    last_hour,
+    make_customer,
+    make_event,
+    make_meter,
+    make_period,
+    read_all,
+    run,
+)
 from tests.usage.test_delivery import make_deliveries, misbehave, taken_by_stripe
 from tests.usage.test_error_reports import make_unbillable, report
 from tests.usage.test_late import make_closed
@@ -132,6 +144,30 @@ async def test_what_is_too_late_is_refused_with_the_alternatives_or_carried(
     await run(resources, "DELETE FROM billing_periods WHERE period_end > now()")
     assert await send_again(resources, fourth, carried=True) == [Decision(fourth, "no_open_period")]
     await conservation(resources)
+
+
+async def test_many_counted_events_that_were_too_old_are_not_carried_to_be_counted_as_one(
+    resources: Resources, fake_stripe: FakeStripe
+) -> None:
+    """They belonged to no customer for five weeks; one delivery says of all of them that it was too long."""
+    customer = await make_deliveries(resources, fake_stripe, formula="count")
+    events = [make_event(f"e{n}", at=last_hour()) for n in range(3)]
+    async with db.transaction(resources.engine) as connection:
+        await record_events(connection, events, accepted_already=True)
+    now = datetime.now(UTC)
+    await seal_everything(resources, now + METER_EVENT_MAX_AGE)
+    assert await read_all(resources, "SELECT events, state, reason FROM usage_deliveries") == [
+        (3, "parked", "older_than_35_days")
+    ]
+    await run(resources, "UPDATE usage_deliveries SET timestamp = timestamp - 35 * 86400")
+    await make_period(resources, now - timedelta(days=1), now + timedelta(days=29), customer=customer)
+    (identifier,) = await identifiers(resources)
+    assert await send_again(resources, identifier, carried=True) == [Decision(identifier, "cannot_be_carried")]
+    async with db.transaction(resources.engine) as connection:
+        ((id,),) = await read_all(resources, "SELECT id FROM usage_deliveries")
+        assert isinstance(id, int)
+        assert await carry(connection, [id], resources.rules.current(now), now) == set()
+    assert await taken_by_stripe(fake_stripe) == []
 
 
 async def test_what_is_older_than_stripe_takes_is_refused(resources: Resources, fake_stripe: FakeStripe) -> None:

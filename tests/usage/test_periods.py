@@ -4,7 +4,7 @@ import pytest
 
 from tallystick import db
 from tallystick.resources import Resources
-from tallystick.usage.periods import Period, Usage, find_period, find_periods
+from tallystick.usage.periods import Period, UsageMoment, find_period, find_periods
 from tests.usage.making import CUSTOMER, METER, make_boundaries, make_customer, make_meter, make_period, run
 
 START = datetime(2026, 3, 10, 8, 17, 23, tzinfo=UTC)
@@ -57,7 +57,8 @@ async def test_without_a_subscription_it_is_the_month_of_utc_cut_where_a_period_
 
 async def test_many_are_found_in_their_order(resources: Resources) -> None:
     await make_customer(resources, boundaries=(START, END))
-    wanted = [Usage(customer, METER, START + timedelta(days=n)) for n in range(3) for customer in (CUSTOMER, None)]
+    days = [START + timedelta(days=n) for n in range(3)]
+    wanted = [UsageMoment(customer, METER, day) for day in days for customer in (CUSTOMER, None)]
     async with db.transaction(resources.engine) as connection:
         found = await find_periods(connection, wanted)
         assert found == [await find_period(connection, *usage[:3]) for usage in wanted]

@@ -218,8 +218,9 @@ async def test_every_formula_is_compared_by_what_it_means(
     first, second = last_hour(10), last_hour(20)
     await run(
         resources,
-        "UPDATE usage_deliveries SET event_name = 'other',"
+        "UPDATE usage_deliveries SET event_name = 'other', aggregation = :formula,"
         " timestamp = CASE value WHEN 9 THEN CAST(:first AS bigint) ELSE :second END",
+        formula=formula,
         first=int(first.timestamp()),
         second=int(second.timestamp()),
     )

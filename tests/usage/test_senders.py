@@ -21,7 +21,7 @@ from tallystick.usage.ledger import record_events
 from tallystick.usage.parked import resend
 from tallystick.usage.sealing import seal_everything
 from tallystick.usage.senders.meter_events import send_meter_events
-from tallystick.usage.senders.outcomes import Outcome
+from tallystick.usage.senders.outcomes import Message, Outcome
 from tallystick.worker import LOOPS
 from tests.conftest import FakeStripe
 from tests.usage.making import METER, conservation, last_hour, make_customer, make_event, read_all, run
@@ -49,6 +49,13 @@ async def make_streamed(resources: Resources, fake: FakeStripe, number: int) -> 
 async def requests_to(fake: FakeStripe, path: str) -> list[dict[str, Any]]:
     requests = (await fake.control.get("/_fake/requests")).json()["requests"]
     return [request for request in reversed(requests) if request["path"] == path]
+
+
+async def test_a_process_that_was_stopped_for_long_makes_no_further_call(fake_stripe: FakeStripe) -> None:
+    message = Message(METER, "too-late", {"stripe_customer_id": "cus_1", "value": "1"}, 0, 1)
+    outcomes = await send_meter_events(fake_stripe.client, [message] * 3, lanes=2, seconds=-1)
+    assert outcomes == [Outcome("retry", "out_of_time")] * 3
+    assert await requests_to(fake_stripe, "/v1/billing/meter_events") == []
 
 
 async def test_the_stream_takes_a_hundred_deliveries_a_request(resources: Resources, fake_stripe: FakeStripe) -> None:
@@ -140,6 +147,39 @@ async def test_one_bad_event_does_not_take_the_others_of_its_request_along(
     assert customer == "cus_5"
     assert "identifier" in str(reason)
     assert len(await taken_by_stripe(fake_stripe)) == 8
+
+
+async def test_one_repeat_does_not_make_the_others_of_its_request_sent(
+    resources: Resources, fake_stripe: FakeStripe
+) -> None:
+    """A worker died after a part of what it was to send; its lease ended, and what was new since is in one request."""
+    (await fake_stripe.control.post("/_fake/settings", json={"stream_refuses_repeats": True})).raise_for_status()
+    await make_streamed(resources, fake_stripe, 9)
+    await run(
+        resources, "UPDATE usage_deliveries SET next_attempt_at = 'infinity' WHERE customer IN ('cus_3', 'cus_5')"
+    )
+    await deliver_all(resources, datetime.now(UTC))
+    await run(resources, "UPDATE usage_deliveries SET state = 'pending', next_attempt_at = now()")
+    await deliver_all(resources, datetime.now(UTC))
+    assert [request["status"] for request in await requests_to(fake_stripe, STREAM)][:2] == [200, 400]
+    assert await read_all(resources, STATES) == [("sent", 9)]
+    assert len(await taken_by_stripe(fake_stripe)) == 9
+    reasons = "SELECT reason FROM usage_deliveries WHERE customer IN ('cus_3', 'cus_5')"
+    assert await read_all(resources, reasons) == [(None,), (None,)]
+
+
+async def test_a_stream_request_that_was_taken_without_an_answer_is_sent_once(
+    resources: Resources, fake_stripe: FakeStripe
+) -> None:
+    (await fake_stripe.control.post("/_fake/settings", json={"stream_refuses_repeats": True})).raise_for_status()
+    await make_streamed(resources, fake_stripe, 5)
+    await misbehave(fake_stripe, "timeout_after", path=STREAM, seconds=0)
+    await deliver(resources, datetime.now(UTC))
+    await deliver(resources, await next_due(resources))
+    assert await read_all(resources, "SELECT DISTINCT state, reason, unknown_since FROM usage_deliveries") == [
+        ("sent", "repeat", None)
+    ]
+    assert len(await taken_by_stripe(fake_stripe)) == 5
 
 
 async def test_the_streams_rate_is_its_own(resources: Resources, fake_stripe: FakeStripe) -> None:

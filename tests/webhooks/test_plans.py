@@ -16,6 +16,7 @@ from tallystick.mirror.statements import TABLES, write_statement
 from tallystick.resources import Resources
 from tallystick.rules import AccessRules
 from tallystick.webhooks.inbox import record_events
+from tests.planning import FORGET_STATISTICS
 from tests.webhooks.stripe_events import checkout_session, customer, event, invoice, item, subscription, verified
 
 OTHERS = 1_000
@@ -41,11 +42,6 @@ SHARE_A_NAME = """
     UPDATE customers SET ref = 'shop';
     UPDATE checkout_sessions SET client_reference_id = 'campaign'
 """
-# As of tables that are new: PostgreSQL may have looked at them by itself, while other tests had left them empty.
-FORGET_STATISTICS = (
-    "DELETE FROM pg_statistic WHERE starelid IN (SELECT relid FROM pg_stat_user_tables)",
-    "UPDATE pg_class SET reltuples = -1, relpages = 0 WHERE oid IN (SELECT relid FROM pg_stat_user_tables)",
-)
 # Rows that this connection has read, one after the other or by an index, table by table.
 READ = text("SELECT relname AS table, seq_tup_read + idx_tup_fetch AS rows FROM pg_stat_xact_user_tables")
 

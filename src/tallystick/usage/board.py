@@ -1,7 +1,6 @@
 """The period board: draft invoices that bill metered usage, how long they are drafts, and what Stripe was not told yet.
 
-Stripe keeps the invoice of a period's end a draft for at least an hour (https://docs.stripe.com/billing/invoices/
-subscription, "about an hour"; up to 72 by a setting of the account). What it is told in that time is on the invoice.
+Stripe keeps the invoice of a period's end a draft for at least an hour. What it is told in that time is on the invoice.
 """
 
 import json
@@ -16,12 +15,9 @@ from sqlalchemy import text
 from tallystick import db
 from tallystick.metrics import DRIFTS_OPEN, LATE_USAGE_EVENTS, UNBILLED_EVENTS, UNCONFIRMED_DELIVERIES
 from tallystick.resources import Resources
+from tallystick.stripe_limits import INVOICE_DRAFT_AT_LEAST
+from tallystick.usage.agreement import LAG
 from tallystick.usage.events import plain
-
-DRAFT_AT_LEAST = timedelta(hours=1)
-
-# Stripe names no bound for how long its summaries lag behind; what is unconfirmed for longer is worth a look.
-CONFIRMED_WITHIN = timedelta(hours=24)
 
 # A meter once for each invoice, however many of the subscription's items it bills.
 FIND_DRAFTS = text("""
@@ -139,7 +135,7 @@ class OpenPeriod:
             "subscription": self.subscription,
             "period_start": self.period_start.isoformat(),
             "period_end": self.period_end.isoformat(),
-            "draft_at_least_until": (self.created + DRAFT_AT_LEAST).isoformat(),
+            "draft_at_least_until": (self.created + INVOICE_DRAFT_AT_LEAST).isoformat(),
             "minutes_left": self.left // timedelta(minutes=1),
             "unsent_events": self.unsent,
             "confirmed": self.confirmed,
@@ -171,7 +167,7 @@ async def list_open_periods(resources: Resources, now: datetime) -> list[OpenPer
     periods: dict[str, OpenPeriod] = {}
     meters: list[MeterUsage] = []
     for draft in drafts:
-        left = max(draft["created"] + DRAFT_AT_LEAST - now, timedelta(0))
+        left = max(draft["created"] + INVOICE_DRAFT_AT_LEAST - now, timedelta(0))
         names = ("invoice", "customer", "subscription", "period_start", "period_end", "created")
         period = periods.setdefault(
             draft["invoice"], OpenPeriod(**{name: draft[name] for name in names}, left=left, meters=[])
@@ -188,7 +184,7 @@ async def list_open_periods(resources: Resources, now: datetime) -> list[OpenPer
 async def measure_periods(resources: Resources, now: datetime) -> int:
     """The worker's loop that sets the gauges of what is not billed, not confirmed or late."""
     async with db.transaction(resources.engine) as connection:
-        measured = (await connection.execute(MEASURE, {"now": now, "confirmed_within": now - CONFIRMED_WITHIN})).one()
+        measured = (await connection.execute(MEASURE, {"now": now, "confirmed_within": now - LAG})).one()
     DRIFTS_OPEN.set(measured.drifts)
     UNCONFIRMED_DELIVERIES.set(measured.unconfirmed)
     UNBILLED_EVENTS.set(int(measured.unbilled))

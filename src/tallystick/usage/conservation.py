@@ -141,7 +141,7 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Part:
+class MeterConservation:
     """The conservation of one customer (a Stripe customer, or a reference that is not linked) and meter.
 
     `additive`: its quantities add up. A meter whose aggregation was changed has two parts.
@@ -159,7 +159,7 @@ async def count_conservation(connection: AsyncConnection, patience: timedelta = 
     return _read(row)
 
 
-async def count_slices(connection: AsyncConnection, wanted: Slice, patience: timedelta) -> list[Part]:
+async def count_slices(connection: AsyncConnection, wanted: Slice, patience: timedelta) -> list[MeterConservation]:
     """Both sides of a slice by customer and meter, in one statement. Raises `TimeoutError` after `patience`.
 
     Of days whose single events are past the retention only the sums of all customers are left: a slice begins after
@@ -182,7 +182,7 @@ async def count_slices(connection: AsyncConnection, wanted: Slice, patience: tim
         chosen=where(conditions | times), days=where(days), delivered=_delivered("t.additive"), summed=_SUMMED
     )
     rows = await db.fetch_patiently(connection, statement, parameters, patience)
-    return [Part(row["customer"], row["meter"], row["additive"], _read(row)) for row in rows]
+    return [MeterConservation(row["customer"], row["meter"], row["additive"], _read(row)) for row in rows]
 
 
 async def find_first_day(connection: AsyncConnection) -> datetime | None:

@@ -24,6 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tallystick.errors import Conflict, NotFound
 from tallystick.notifications.outbox import Notification, queue_notifications
 from tallystick.rules import Rules
+from tallystick.stripe_limits import METER_EVENT_CANCELLABLE_FOR
 from tallystick.usage.aggregations import ADDITIVE, compute_totals
 from tallystick.usage.events import MAX_AGE, UsageEvent, plain
 from tallystick.usage.ledger import record_events
@@ -38,12 +39,12 @@ Why = Literal[
     "invoice_final", "too_old", "not_sent", "moved", "does_not_add_up", "cancellation_refused", "cancellation_not_known"
 ]
 
-# Stripe cancels a meter event within 24 hours of its receipt, which is not before its delivery was written down. The
-# hour in between is for asking again.
-CANCEL_WITHIN = timedelta(hours=23)
+# Counted from when its delivery was written down, before which Stripe cannot have received it. The hour in between is
+# for asking again.
+CANCEL_WITHIN = METER_EVENT_CANCELLABLE_FOR - timedelta(hours=1)
 
 # No client can post an id with a control character.
-MARK = "\x1f"
+CONTROL_CHARACTER = "\x1f"
 
 LOCK_ID = text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
 
@@ -176,7 +177,7 @@ async def record_correction(connection: AsyncConnection, wanted: Wanted, rules: 
 
     Raises `NotFound` when the ledger has no such event, and `Conflict` when it cannot be corrected (again).
     """
-    await connection.execute(LOCK_ID, {"name": f"{wanted.source}{MARK}{wanted.id}"})
+    await connection.execute(LOCK_ID, {"name": f"{wanted.source}{CONTROL_CHARACTER}{wanted.id}"})
     known = (await connection.execute(FIND_CORRECTION, {"source": wanted.source, "id": wanted.id})).one_or_none()
     if known is not None:
         if not _is_same(wanted, known):
@@ -303,7 +304,7 @@ async def carry_out(
     if way.method == "compensate":
         compensation = UsageEvent(
             source=event.source,
-            id=f"correction{MARK}{correction.id}",
+            id=f"correction{CONTROL_CHARACTER}{correction.id}",
             customer_ref=event.customer_ref,
             meter=event.meter,
             value=correction.delta,

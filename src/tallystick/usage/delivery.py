@@ -305,7 +305,8 @@ async def _send(resources: Resources, sender: Sender, claimed: Sequence[Claimed]
     messages = [delivery.message for delivery in claimed]
     match sender:
         case "meter_events":
-            return await send_meter_events(resources.stripe, messages, lanes=CALLS_AT_ONCE)
+            seconds = (lease(resources.settings, sender) - LEASE_MARGIN) // timedelta(seconds=1)
+            return await send_meter_events(resources.stripe, messages, lanes=CALLS_AT_ONCE, seconds=seconds)
         case "meter_event_stream":
             session = resources.meter_event_session
             return await send_stream(session, messages, now, lanes=STREAM_REQUESTS_AT_ONCE, seconds=STREAM_SECONDS)
@@ -352,27 +353,30 @@ class _Settled(NamedTuple):
 
 
 def _settle_one(delivery: Claimed, outcome: Outcome, at: datetime, settled_at: datetime) -> _Settled:
-    state, reason, next_attempt_at = outcome.state, outcome.reason, settled_at
+    """What becomes of a delivery by the answer to the try that was made at `at`."""
+    attempt = delivery.message.attempt
     unknown_since = delivery.unknown_before or (at if outcome.unknown else None)
-    if state == "sent":
-        unknown_since = None
-    elif state == "retry":
-        next_attempt_at += backoff(delivery.message.attempt)
-    elif unknown_since is not None and delivery.record is None:
-        # That this try was refused says nothing about an earlier one; Stripe's summaries will. Of usage records there
-        # are none, and saying one again is harmless whether or not an earlier try was taken.
-        reason = "outcome_unknown"
+    reason, next_attempt_at = outcome.reason, settled_at
+    match outcome.state:
+        case "sent":
+            unknown_since = None  # whatever earlier tries came to: Stripe has it, once
+        case "retry":
+            next_attempt_at += backoff(attempt)
+        case "parked" if unknown_since is not None and delivery.record is None:
+            # That this try was refused says nothing about an earlier one; Stripe's summaries will. Of usage records
+            # there are none, and saying one again is harmless whether or not an earlier try was taken.
+            reason = "outcome_unknown"
     return _Settled(
-        delivery.id,
-        delivery.message.attempt,
-        "pending" if state == "retry" else state,
-        reason,
-        next_attempt_at,
-        unknown_since,
-        state,
-        outcome.reason,
-        outcome.http_status,
-        outcome.request_id,
+        id=delivery.id,
+        attempts=attempt,
+        state="pending" if outcome.state == "retry" else outcome.state,
+        reason=reason,
+        next_attempt_at=next_attempt_at,
+        unknown_since=unknown_since,
+        outcome=outcome.state,
+        said=outcome.reason,
+        http_status=outcome.http_status,
+        request_id=outcome.request_id,
     )
 
 

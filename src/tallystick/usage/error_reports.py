@@ -24,7 +24,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tallystick import db
 from tallystick.resources import Resources
 from tallystick.stripe_gateway import STRIPE_ERRORS
+from tallystick.stripe_limits import EVENTS_LISTED_FOR, WEBHOOKS_TRIED_FOR
 from tallystick.usage.parking import announce_parked
+from tallystick.usage.senders.outcomes import DUPLICATE
 
 log = structlog.get_logger()
 
@@ -36,9 +38,6 @@ LONGEST_PAUSE = timedelta(hours=1)
 # A delivery that is on its way has to arrive before it can be parked.
 WAIT_FOR_SENDING = timedelta(minutes=1)
 
-# Webhooks are tried for three days; what was listed for longer than that has come, if it comes at all.
-LISTED_AGAIN_FOR = timedelta(days=3)
-LISTED_FOR = timedelta(days=30)
 LISTED_TYPES = ["v1.billing.meter.error_report_triggered", "v1.billing.meter.no_meter_found"]
 
 # `identifier.attempt.four hexadecimal digits`; Stripe may also name the meter event's identifier itself.
@@ -138,7 +137,8 @@ async def find_error_reports(resources: Resources, now: datetime) -> int:
     """
     async with db.transaction(resources.engine) as connection:
         last = await connection.scalar(FIND_LAST)
-    since = max(now - LISTED_FOR, last - LISTED_AGAIN_FOR if last is not None else now - LISTED_FOR)
+    # What Stripe has listed for longer than it tries webhooks has come, if it comes at all.
+    since = now - EVENTS_LISTED_FOR if last is None else max(now - EVENTS_LISTED_FOR, last - WEBHOOKS_TRIED_FOR)
     try:
         page = await resources.stripe.v2.core.events.list_async(
             {"types": LISTED_TYPES, "created": {"gte": since.astimezone(UTC).isoformat().replace("+00:00", "Z")}}
@@ -205,7 +205,8 @@ def _read_samples(reason: Mapping[str, Any]) -> Iterator[Sample]:
             request = _object(_object(sample).get("request"))
             # Stripe documents both names.
             key = request.get("identifier") or request.get("idempotency_key")
-            if not isinstance(code, str) or not isinstance(key, str):
+            # A repeat was taken the first time: parked, it could be resent, and then be billed twice.
+            if not isinstance(code, str) or not isinstance(key, str) or code == DUPLICATE:
                 continue
             named = KEY.fullmatch(key)
             message = _object(sample).get("error_message")

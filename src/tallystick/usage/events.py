@@ -9,17 +9,22 @@ from typing import Any, NamedTuple, TypeGuard
 
 from tallystick.card_numbers import MESSAGE as CARD_NUMBER_MESSAGE
 from tallystick.card_numbers import holds_card_number
+from tallystick.stripe_limits import (
+    INVOICE_LINE_DECIMALS,
+    METER_EVENT_DIGITS,
+    METER_EVENT_MAX_AGE,
+    METER_EVENT_MAX_AHEAD,
+)
 
 MAX_EVENTS = 1_000
 MAX_TEXT = 100
 MAX_PROPERTIES = 10
-# Stripe takes a value of at most 15 significant digits, and an invoice line shows at most 12 decimal places.
-MAX_DIGITS = 15
-MAX_DECIMALS = 12
-# Stripe takes meter events up to 35 days old. The day in between is for what may still have to happen to an accepted
-# event: wait for the end of its hour, for a customer to be linked, for Stripe to come back.
-MAX_AGE = timedelta(days=34)
-MAX_AHEAD = timedelta(minutes=5)
+MAX_DIGITS = METER_EVENT_DIGITS
+MAX_DECIMALS = INVOICE_LINE_DECIMALS
+# The day in between is for what may still have to happen to an accepted event: wait for the end of its hour, for a
+# customer to be linked, for Stripe to come back.
+MAX_AGE = METER_EVENT_MAX_AGE - timedelta(days=1)
+MAX_AHEAD = METER_EVENT_MAX_AHEAD
 
 FIELDS = frozenset({"id", "customer", "meter", "value", "timestamp", "properties"})
 NUMBER_CHARACTERS = frozenset("0123456789+-.eE")

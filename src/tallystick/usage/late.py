@@ -1,7 +1,8 @@
 """Usage that comes too late for its invoice. Stripe takes it even so, and bills it nowhere.
 
     before it is sent   parked as `period_closed`, or carried into the open period (`[usage] late` in the rules file);
-                        in the transaction of the claim, so that nothing is sent that is known to be too late
+                        in the transaction of the claim, so that nothing is sent that is known to be too late, or whose
+                        outcome only Stripe's summaries can tell
     after it was sent   marked `taken_late`, and the product is told: when it is settled, or when the invoice's end
                         becomes known later than that
 
@@ -20,11 +21,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tallystick import db
 from tallystick.resources import Resources
 from tallystick.rules import Rules
+from tallystick.stripe_limits import IDENTIFIER_UNIQUE_FOR
 from tallystick.usage.parking import announce_parked
-from tallystick.usage.parts import STRIPE_TAKES_FOR
+from tallystick.usage.parts import OLDEST_TO_SEND
 
-# Stripe keeps an identifier for at least 24 hours; after that, saying it again could bill it again.
-UNKNOWN_FOR_AT_MOST = timedelta(hours=23)
+# When Stripe no longer recognises an identifier, saying it again could bill it again. The hour is for the try itself,
+# and for clocks.
+UNKNOWN_FOR_AT_MOST = IDENTIFIER_UNIQUE_FOR - timedelta(hours=1)
 
 INVOICES_PER_TRANSACTION = 100
 
@@ -57,12 +60,22 @@ _IS_CLOSED = f"{MAY_BE_CLOSED} AND EXISTS ({_CLOSED_AT})"
 
 FIND_CLOSED = text(f"SELECT d.id FROM usage_deliveries d WHERE d.id = ANY(:ids) AND {_IS_CLOSED}")  # noqa: S608
 
+# The name has gone to a meter that was made anew, with another formula: a sum would be counted there as one event.
+_HAS_ANOTHER_METER = """
+    d.sender <> 'usage_records'
+    AND CASE WHEN d.aggregation IN ('max', 'unique_count') THEN 'last' ELSE d.aggregation END
+        <> (SELECT m.formula FROM meters m WHERE m.event_name = d.event_name AND m.status = 'active'
+             ORDER BY m.refreshed_at DESC, m.id LIMIT 1)
+"""
+
 # What was tried is left as it is: its bytes never change, and an earlier try may have been taken. Usage records are set
 # and not added: saying one again is harmless however long ago the first try was.
 FIND_UNFIT = text(f"""
     SELECT id, reason
       FROM (SELECT d.id,
                    CASE WHEN d.unknown_since <= :unknown_since AND d.sender <> 'usage_records' THEN 'outcome_unknown'
+                        WHEN {_HAS_ANOTHER_METER}
+                        THEN CASE WHEN d.unknown_since IS NULL THEN 'meter_changed' ELSE 'outcome_unknown' END
                         WHEN d.unknown_since IS NOT NULL THEN NULL
                         WHEN {_IS_CLOSED} THEN 'period_closed'
                         WHEN d.timestamp < :oldest THEN 'older_than_35_days' END AS reason
@@ -70,12 +83,14 @@ FIND_UNFIT = text(f"""
      WHERE reason IS NOT NULL
 """)  # noqa: S608
 
-# A quantity that adds up may be billed in another period than it was used in; a latest or greatest value may not.
+# A quantity that adds up may be billed in another period than it was used in; a latest or greatest value may not. Nor
+# may many events of a meter that counts, of which one delivery says that they were too old: it would count them as one.
 CARRY = text(f"""
     UPDATE usage_deliveries d
        SET timestamp = CAST(:second AS bigint), carried_from = coalesce(d.carried_from, t.bucket_start)
       FROM usage_totals t, (SELECT to_timestamp(CAST(:second AS bigint)) AS at) present
-     WHERE d.id = ANY(:ids) AND t.id = d.total_id AND d.aggregation IN ('sum', 'count')
+     WHERE d.id = ANY(:ids) AND t.id = d.total_id
+       AND (d.aggregation = 'sum' OR d.aggregation = 'count' AND d.events = 1)
        AND EXISTS (SELECT FROM metered_periods m
                     WHERE m.customer = d.customer AND {_BILLS}
                       AND m.period_start <= present.at AND m.period_end > present.at
@@ -154,7 +169,7 @@ async def set_aside(connection: AsyncConnection, ids: Collection[int], rules: Ru
     asked = {
         "ids": sorted(ids),
         "unknown_since": now - UNKNOWN_FOR_AT_MOST,
-        "oldest": int((now - STRIPE_TAKES_FOR).timestamp()),
+        "oldest": int((now - OLDEST_TO_SEND).timestamp()),
         "prices": prices_of(rules),
     }
     unfit: dict[str, set[int]] = {}
@@ -177,7 +192,8 @@ async def find_closed(connection: AsyncConnection, ids: Collection[int], rules: 
 async def carry(connection: AsyncConnection, ids: Collection[int], rules: Rules, now: datetime) -> set[int]:
     """Move deliveries to the present second, in the open period; which ones could be moved.
 
-    Not those of `last`, `max` and `unique_count`, and not those of a customer without an open period for the meter.
+    Not those of `last`, `max` and `unique_count`, not many events of `count` in one, and not those of a customer
+    without an open period for the meter.
     """
     if not ids:
         return set()

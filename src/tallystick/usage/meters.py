@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from time import monotonic_ns
+from typing import Any
 
 import structlog
 from sqlalchemy import text
@@ -15,6 +16,7 @@ from tallystick import db, stripe_gateway
 from tallystick.errors import Unavailable
 from tallystick.resources import Resources
 from tallystick.rules import MeterRules
+from tallystick.stripe_limits import OBJECTS_PER_PAGE
 from tallystick.usage.aggregations import NO_RULES
 
 log = structlog.get_logger()
@@ -43,6 +45,11 @@ WRITE_LISTED = text("""
         value_key = excluded.value_key, event_time_window = excluded.event_time_window, status = excluded.status,
         needs_refresh = false, refreshed_at = excluded.refreshed_at
      WHERE CAST(t.xmin AS text) = CAST(:versions AS json) ->> t.id
+""")
+
+READ_METERS = text("""
+    SELECT id, event_name, formula, customer_key, value_key, event_time_window, status
+      FROM meters ORDER BY event_name, status = 'active' DESC, refreshed_at DESC, id
 """)
 
 # Those of Stripe's whose usage can be told in deliveries (docs/decisions/0011-aggregations.md).
@@ -93,21 +100,30 @@ class MeterCache:
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def knows(self, names: Iterable[str]) -> bool:
-        """Whether each name is a meter's, or was asked for in vain a moment ago."""
+        """Whether each name is an active meter's, or was asked for in vain a moment ago.
+
+        Of a meter that was deactivated Stripe may have made a new one, of which no webhook has told yet.
+        """
         now = monotonic_ns()
-        return all(name in self.meters or now < self.missing.get(name, 0) for name in names)
+        return all(self._is_active(name) or now < self.missing.get(name, 0) for name in names)
 
     def note_missing(self, names: Iterable[str]) -> None:
+        """Believe for a while that those of the names that are no active meter's were asked for in vain."""
         if len(self.missing) >= MISSING_REMEMBERED:
             self.missing.clear()
-        self.missing |= dict.fromkeys(names, monotonic_ns() + BELIEVED_MISSING_NS)
+        missing = [name for name in names if not self._is_active(name)]
+        self.missing |= dict.fromkeys(missing, monotonic_ns() + BELIEVED_MISSING_NS)
+
+    def _is_active(self, name: str) -> bool:
+        meter = self.meters.get(name)
+        return meter is not None and meter.status == "active"
 
 
 async def find_meters(cache: MeterCache, resources: Resources, names: set[str], now: datetime) -> dict[str, Meter]:
     """The meters of these names; a name that is missing in the answer is unknown at Stripe too.
 
     Raises `Unavailable` when a name is unknown here and Stripe could not be asked: the caller is to try again, since
-    refusing the event might lose it.
+    refusing the event might lose it. Of a meter that is not active, what is known is believed then.
     """
     if now - cache.read_at >= READ_EVERY:
         await _read_table(cache, resources, now)
@@ -117,7 +133,10 @@ async def find_meters(cache: MeterCache, resources: Resources, names: set[str], 
 
 
 async def _ask_stripe(cache: MeterCache, resources: Resources, names: set[str], now: datetime) -> None:
+    are_all_there = names <= cache.meters.keys()
     if cache.asking >= MAX_ASKING:
+        if are_all_there:
+            return
         raise Unavailable(
             "A meter is not known here, and Stripe is being asked for others.",
             type="stripe-unavailable",
@@ -129,8 +148,11 @@ async def _ask_stripe(cache: MeterCache, resources: Resources, names: set[str], 
             if not cache.knows(names):
                 await refresh_meters(resources, now)
                 await _read_table(cache, resources, now)
-                cache.note_missing(names - cache.meters.keys())
+                cache.note_missing(names)
     except stripe_gateway.STRIPE_ERRORS as error:
+        if are_all_there:
+            cache.note_missing(names)  # a Stripe that hangs must not be asked for them by each request
+            return
         raise Unavailable(
             "A meter is not known here and Stripe could not be asked for it.",
             type="stripe-unavailable",
@@ -147,22 +169,24 @@ async def refresh_meters(resources: Resources, now: datetime) -> int:
     """
     async with db.transaction(resources.engine) as connection:
         versions = {row.id: row.version for row in await connection.execute(READ_VERSIONS)}
-    page = await resources.stripe.v1.billing.meters.list_async({"limit": 100})
-    rows = [
-        {
-            "id": meter.id,
-            "event_name": meter.event_name,
-            "formula": meter.default_aggregation.formula,
-            "customer_key": meter.customer_mapping.event_payload_key,
-            "value_key": meter.value_settings.event_payload_key,
-            "event_time_window": meter.event_time_window,
-            "status": meter.status,
-        }
-        async for meter in page.auto_paging_iter()
-    ]
+    page = await resources.stripe.v1.billing.meters.list_async({"limit": OBJECTS_PER_PAGE})
+    rows = [vars(meter_of(listed.to_dict())) async for listed in page.auto_paging_iter()]
     async with db.transaction(resources.engine) as connection:
         await connection.execute(WRITE_LISTED, {"rows": json.dumps(rows), "versions": json.dumps(versions), "now": now})
     return len(rows)
+
+
+def meter_of(listed: Mapping[str, Any]) -> Meter:
+    """A meter from Stripe's own object of it (https://docs.stripe.com/api/billing/meter/object)."""
+    return Meter(
+        id=listed["id"],
+        event_name=listed["event_name"],
+        formula=listed["default_aggregation"]["formula"],
+        customer_key=listed["customer_mapping"]["event_payload_key"],
+        value_key=listed["value_settings"]["event_payload_key"],
+        event_time_window=listed.get("event_time_window"),
+        status=listed["status"],
+    )
 
 
 def list_unfit(meters: Mapping[str, Meter], rules: Mapping[str, MeterRules]) -> dict[str, str]:
@@ -197,14 +221,15 @@ async def warn_of_unfit_meters(resources: Resources, now: datetime) -> None:
 
 async def read_meters(connection: AsyncConnection) -> dict[str, Meter]:
     """The table of meters by event name; where a name was used twice, the active meter has it."""
-    rows = await connection.execute(
-        text("""
-            SELECT DISTINCT ON (event_name)
-                   id, event_name, formula, customer_key, value_key, event_time_window, status
-              FROM meters ORDER BY event_name, status = 'active' DESC, refreshed_at DESC, id
-        """)
-    )
-    return {row.event_name: Meter(*row) for row in rows}
+    return {name: meters[0] for name, meters in (await read_namesakes(connection)).items()}
+
+
+async def read_namesakes(connection: AsyncConnection) -> dict[str, list[Meter]]:
+    """All meters by event name, the one that has the name first. Of several, Stripe has at most one active."""
+    namesakes: dict[str, list[Meter]] = {}
+    for row in await connection.execute(READ_METERS):
+        namesakes.setdefault(row.event_name, []).append(Meter(*row))
+    return namesakes
 
 
 async def _read_table(cache: MeterCache, resources: Resources, now: datetime) -> None:

@@ -25,7 +25,7 @@ from tallystick.rules import Rules
 from tallystick.usage.events import plain
 from tallystick.usage.late import carry, find_closed
 from tallystick.usage.parking import explain_reason
-from tallystick.usage.parts import STRIPE_TAKES_FOR
+from tallystick.usage.parts import OLDEST_TO_SEND
 
 _COLUMNS = """
     d.id, d.identifier, d.customer, d.event_name, d.value, d.events, d.aggregation, d.sender, d.timestamp, d.state,
@@ -84,9 +84,9 @@ ALTERNATIVES = {
     " invoice item at Stripe, or void it.",
     "older_than_35_days": "Stripe takes no usage that is older than 35 days. Carry it into the open period, settle it"
     " by an invoice item at Stripe, or void it.",
-    "cannot_be_carried": "A latest, greatest or distinct value belongs to its own period, and a usage record of which a"
-    " try was not answered may have been taken there: look at the item's usage at Stripe. Settle it by an invoice item"
-    " at Stripe, or void it.",
+    "cannot_be_carried": "A latest, greatest or distinct value belongs to its own period; many events of a meter that"
+    " counts would be counted as one; and a usage record of which a try was not answered may have been taken there:"
+    " look at the item's usage at Stripe. Settle it by an invoice item at Stripe, or void it.",
     "no_open_period": "No open period of the customer bills this meter. Settle it by an invoice item at Stripe, or void"
     " it.",
 }
@@ -156,7 +156,8 @@ async def resend(
         refused = _refusal(row, closed, now)
         moved = ""
         if carried and refused in ("period_closed", "older_than_35_days"):
-            if row["aggregation"] not in ("sum", "count") or row["unknown_since"] is not None:
+            adds_up = row["aggregation"] == "sum" or (row["aggregation"] == "count" and row["events"] == 1)
+            if not adds_up or row["unknown_since"] is not None:
                 refused = "cannot_be_carried"
             elif not await carry(connection, [row["id"]], rules, now):
                 refused = "no_open_period"
@@ -193,7 +194,7 @@ def _refusal(row: Mapping[Any, Any], closed: Collection[int], now: datetime) -> 
         return str(row["reason"])
     if row["id"] in closed:
         return "period_closed"
-    if row["timestamp"] < (now - STRIPE_TAKES_FOR).timestamp():
+    if row["timestamp"] < (now - OLDEST_TO_SEND).timestamp():
         return "older_than_35_days"
     return None
 

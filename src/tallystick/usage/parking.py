@@ -38,6 +38,11 @@ PARKED: Mapping[str, Reason] = {
         "Usage records take whole numbers from 0, and the hour's sum is not one.",
         "correct the events of that hour and resend it, or void it",
     ),
+    "meter_changed": Reason(
+        "Another meter with another formula has the name by now, and would bill it as something else.",
+        "give the name back to a meter with the old formula and resend it, settle it by an invoice item at Stripe, or"
+        " void it",
+    ),
     "archived_meter": Reason("The meter was deactivated.", "reactivate the meter at Stripe and resend it, or void it"),
     "no_meter": Reason("Stripe has no meter of this name.", "create the meter at Stripe and resend it, or void it"),
     "meter_event_customer_not_found": Reason(

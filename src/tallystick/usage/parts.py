@@ -20,18 +20,18 @@ from typing import NamedTuple
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tallystick.stripe_limits import METER_EVENT_DIGITS, METER_EVENT_MAX_AGE, METER_EVENT_MAX_AHEAD
 from tallystick.usage.aggregations import COUNTED_OPEN_SEAL
-from tallystick.usage.events import MAX_AHEAD, MAX_DIGITS, plain
-from tallystick.usage.periods import Period, Usage, find_periods
+from tallystick.usage.events import plain
+from tallystick.usage.periods import Period, UsageMoment, find_periods
 
-LARGEST_PART = Decimal(10) ** MAX_DIGITS - 1
+LARGEST_PART = Decimal(10) ** METER_EVENT_DIGITS - 1
 MAX_SUM_DIGITS = 100
 
-# Stripe refuses timestamps older than this (https://docs.stripe.com/api/billing/meter-event/create). The hour is for a
-# delivery that is tried some times before Stripe takes it, and ten minutes more for one that waits to be tried.
-STRIPE_MAX_AGE = timedelta(days=35)
-STRIPE_TAKES_FOR = STRIPE_MAX_AGE - timedelta(hours=1)
-STRIPE_TAKES_SAFELY = STRIPE_TAKES_FOR - timedelta(minutes=10)
+# The hour is for a delivery that is tried some times before Stripe takes it, and ten minutes more for one that waits to
+# be tried.
+OLDEST_TO_SEND = METER_EVENT_MAX_AGE - timedelta(hours=1)
+OLDEST_TO_SEAL = OLDEST_TO_SEND - timedelta(minutes=10)
 
 # Of one total, and of one transaction: each is a row that is changed and one that is made.
 COUNTED_PER_SEAL = 5_000
@@ -181,7 +181,7 @@ async def list_parts(connection: AsyncConnection, totals: Sequence[Total], now: 
 
 def _is_too_old(total: Total, now: datetime) -> bool:
     """Whether Stripe takes no timestamp within the bucket any more: nothing is told, and one row says so."""
-    return delivery_timestamp(total.bucket_start, total.bucket_end, now) < now - STRIPE_MAX_AGE
+    return delivery_timestamp(total.bucket_start, total.bucket_end, now) < now - METER_EVENT_MAX_AGE
 
 
 def _list_added(total: Total, now: datetime) -> list[Part]:
@@ -233,7 +233,7 @@ async def _list_running(connection: AsyncConnection, totals: Sequence[Total], no
         await connection.execute(TAKE_TURN, {"lock": RUNNING_LOCK, "name": f"{customer} {meter}"})
     refs = await _find_refs(connection, totals)
     periods = await find_periods(
-        connection, [Usage(total.customer, total.meter, total.bucket_start) for total in totals]
+        connection, [UsageMoment(total.customer, total.meter, total.bucket_start) for total in totals]
     )
     keys = [
         (total.customer, total.meter, total.aggregation, period) for total, period in zip(totals, periods, strict=True)
@@ -247,7 +247,7 @@ async def _list_running(connection: AsyncConnection, totals: Sequence[Total], no
         if new:
             # Stripe takes nothing that lies further ahead than 5 minutes, and what is outside bills another period.
             at = max(at, stream.last + SECOND) if stream.last else at
-            at = min(at, period.end - SECOND, max(now + MAX_AHEAD / 2, total.bucket_start))
+            at = min(at, period.end - SECOND, max(now + METER_EVENT_MAX_AHEAD / 2, total.bucket_start))
             if stream.last and at <= stream.last:
                 # Of two values at one second nobody knows which one Stripe bills.
                 if at < period.end - SECOND:
@@ -309,7 +309,7 @@ def delivery_timestamp(earliest: datetime, bucket_end: datetime, now: datetime) 
 
     Period boundaries are whole seconds, so every whole second of a bucket lies in the same period as the bucket.
     """
-    still_taken = now - STRIPE_TAKES_SAFELY
+    still_taken = now - OLDEST_TO_SEAL
     if earliest >= still_taken:
         return earliest
     return max(earliest, min(still_taken.replace(microsecond=0), bucket_end - SECOND))
@@ -322,7 +322,7 @@ def split_value(value: Decimal) -> list[Decimal]:
     sum. A sum of 0 is one part: its events are told like any others.
     """
     digits, exponent = value.as_tuple()[1:]
-    if value and isinstance(exponent, int) and exponent <= 0 and len(digits) <= MAX_DIGITS:
+    if value and isinstance(exponent, int) and exponent <= 0 and len(digits) <= METER_EVENT_DIGITS:
         return [value]
     parts: list[Decimal] = []
     with localcontext(prec=MAX_SUM_DIGITS):  # the default context would round at 28
@@ -331,7 +331,7 @@ def split_value(value: Decimal) -> list[Decimal]:
         while rest > LARGEST_PART:
             parts.append(sign * LARGEST_PART)
             rest -= LARGEST_PART
-        if len(plain(rest).replace(".", "").lstrip("0")) > MAX_DIGITS:
+        if len(plain(rest).replace(".", "").lstrip("0")) > METER_EVENT_DIGITS:
             parts.append(sign * rest.to_integral_value(ROUND_DOWN))
             rest -= rest.to_integral_value(ROUND_DOWN)
         if rest:

@@ -36,7 +36,7 @@ class Period(NamedTuple):
     source: Literal["subscription", "boundaries", "month"]
 
 
-class Usage(NamedTuple):
+class UsageMoment(NamedTuple):
     """A moment of a customer's usage of a meter. `price` is that of a meter told by usage records, else None."""
 
     customer: str | None
@@ -52,11 +52,11 @@ async def find_period(
 
     `price`: that of the meter's rules, if it has one. Such usage has no meter at Stripe to be known by.
     """
-    (period,) = await find_periods(connection, [Usage(customer, event_name, at, price)])
+    (period,) = await find_periods(connection, [UsageMoment(customer, event_name, at, price)])
     return period
 
 
-async def find_periods(connection: AsyncConnection, wanted: Sequence[Usage]) -> list[Period]:
+async def find_periods(connection: AsyncConnection, wanted: Sequence[UsageMoment]) -> list[Period]:
     """The same for many, in their order and with one query."""
     rows = [{"number": number, **usage._asdict(), "at": usage.at.isoformat()} for number, usage in enumerate(wanted)]
     found = await connection.execute(FIND_PERIODS, {"rows": json.dumps(rows)})

@@ -21,10 +21,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tallystick.errors import InvalidRequest
 from tallystick.rules import Rules
+from tallystick.usage.aggregations import Aggregation
 from tallystick.usage.buckets import floor_hour
 from tallystick.usage.windows import Window, cut_at_periods, list_starts
-
-Aggregation = Literal["sum", "count", "last", "max", "unique_count"]
 
 FIND_CUSTOMER = text("SELECT customer FROM customer_references WHERE ref = :ref")
 FIND_REFS = text("SELECT ref FROM customer_references WHERE customer = :customer")
@@ -36,8 +35,9 @@ IS_CUSTOMER = text("""
 IS_METER = text("SELECT EXISTS (SELECT FROM meters WHERE event_name = :meter)")
 
 # The first condition is that of the index of totals that are not sealed: there are few of them.
-COUNT_UNLINKED = text("""
-    SELECT count(DISTINCT customer_ref) AS number, min(customer_ref) AS first
+FIND_UNLINKED = text("""
+    SELECT count(DISTINCT customer_ref) AS number, min(bucket_start) AS since,
+           (array_agg(customer_ref ORDER BY bucket_start, customer_ref))[1] AS oldest
       FROM usage_totals t
      WHERE events <> sealed_events
        AND NOT EXISTS (SELECT FROM customer_references r WHERE r.ref = t.customer_ref)
@@ -136,6 +136,15 @@ FIND_PERIOD_START = text("""
 
 
 @dataclass(frozen=True)
+class Unlinked:
+    """Usage of so many references that belong to no customer, `since` the hour of the `oldest`, a reference."""
+
+    number: int
+    since: datetime
+    oldest: str
+
+
+@dataclass(frozen=True)
 class Row:
     """What a customer used of a meter in the window from `start` (included) to `end` (excluded).
 
@@ -196,10 +205,10 @@ async def find_unknown(
     return None
 
 
-async def count_unlinked(connection: AsyncConnection) -> tuple[int, str | None]:
-    """How many references have usage that waits because they belong to no customer, and the first one by name."""
-    row = (await connection.execute(COUNT_UNLINKED)).one()
-    return row.number, row.first
+async def find_unlinked(connection: AsyncConnection) -> Unlinked | None:
+    """What waits because its references belong to no customer; None when nothing does."""
+    found = Unlinked(*(await connection.execute(FIND_UNLINKED)).one())
+    return found if found.number else None
 
 
 async def add_up_usage(connection: AsyncConnection, question: Question, rules: Rules) -> tuple[str | None, list[Row]]:

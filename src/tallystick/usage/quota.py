@@ -17,9 +17,10 @@ from tallystick.auth import bearer, require_scope
 from tallystick.errors import NotFound
 from tallystick.resources import Resources
 from tallystick.rules import MeterRules
+from tallystick.usage.aggregations import Aggregation
 from tallystick.usage.events import plain
-from tallystick.usage.periods import Usage, find_periods
-from tallystick.usage.query import Aggregation, find_refs
+from tallystick.usage.periods import UsageMoment, find_periods
+from tallystick.usage.query import find_refs
 
 router = APIRouter(dependencies=[bearer], tags=["customers"])
 
@@ -147,7 +148,7 @@ async def get_quota(
     async with db.transaction(resources.engine) as connection:
         customer, refs = await find_refs(connection, ref)
         periods = await find_periods(
-            connection, [Usage(customer, name, now, rule.price) for name, rule in declared.items()]
+            connection, [UsageMoment(customer, name, now, rule.price) for name, rule in declared.items()]
         )
         spans = [Span(refs, name, period.start, period.end) for name, period in zip(declared, periods, strict=True)]
         used = await add_up_spans(connection, spans)

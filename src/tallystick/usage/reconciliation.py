@@ -2,7 +2,8 @@
 
     1. claim    customers and meters with deliveries that Stripe took some minutes ago, those with a draft invoice
                 first; a lease keeps other workers off
-    2. ask      Stripe's event summaries of the hours in question, with the calls that deliveries leave (usage/rates.py)
+    2. ask      Stripe's event summaries of the hours in question, of each meter that has had the name; with the calls
+                that deliveries leave (usage/rates.py)
     3. judge    each hour by itself (usage/agreement.py): agrees, waits for the summaries to catch up, or differs
     4. write    `confirmed`, or a drift with both numbers; what nobody knew the outcome of is settled
 
@@ -16,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 from sqlalchemy import text
@@ -26,8 +27,9 @@ from tallystick import db
 from tallystick.loops import all_ended
 from tallystick.resources import Resources
 from tallystick.stripe_gateway import STRIPE_ERRORS
-from tallystick.usage.agreement import Hour, Judgement, judge
-from tallystick.usage.meters import Meter, read_meters
+from tallystick.stripe_limits import OBJECTS_PER_PAGE
+from tallystick.usage.agreement import Hour, Judgement, Verdict, judge
+from tallystick.usage.meters import Meter, read_namesakes
 from tallystick.usage.rates import wait_to_ask
 
 log = structlog.get_logger()
@@ -49,7 +51,7 @@ CONCURRENCY = 8
 # As long as a whole run may take while every call of it times out, and some.
 LEASE = timedelta(minutes=15)
 
-SUMMARIES_PER_PAGE = 100
+SUMMARIES_PER_PAGE = OBJECTS_PER_PAGE
 
 # Those whose turn was longest ago, so that hours which do not agree leave room for others. One that was never answered
 # has only the time when it is to be asked again.
@@ -118,9 +120,10 @@ FIND_DRIFTS = text("""
      ORDER BY 1, 2, 3
 """)
 
-# One row an hour. Of an hour everything counts that Stripe may have taken, settled long ago or not.
+# One row an hour and formula. Of an hour everything counts that Stripe may have taken, settled long ago or not.
 READ_HOURS = text("""
     SELECT timestamp / 3600 AS number,
+           CASE WHEN aggregation IN ('max', 'unique_count') THEN 'last' ELSE aggregation END AS formula,
            coalesce(sum(value) FILTER (WHERE state IN ('sent', 'confirmed')), 0) AS total,
            count(*) FILTER (WHERE state IN ('sent', 'confirmed')) AS taken,
            (array_agg(value ORDER BY timestamp DESC, id DESC)
@@ -138,7 +141,7 @@ READ_HOURS = text("""
               FROM usage_deliveries
              WHERE customer = :customer AND event_name = :event_name AND timestamp >= :start AND timestamp < :end
                AND sender <> 'usage_records') d
-     GROUP BY 1
+     GROUP BY 1, 2
 """)
 
 # Only what still is what was judged: a report of Stripe's may have parked it meanwhile.
@@ -209,17 +212,17 @@ async def reconcile_sent(resources: Resources, now: datetime) -> int:
             },
         )
         pairs = [(str(customer), str(event_name)) for customer, event_name in rows]
-        meters = await read_meters(connection)
+        namesakes = await read_namesakes(connection)
     # Died here, or anywhere below: the lease ends, and the same is asked again.
     lanes = asyncio.Semaphore(CONCURRENCY)
 
     async def reconcile(customer: str, event_name: str) -> bool:
         async with lanes:
             span = await _find_span(resources, customer, event_name)
-            meter = meters.get(event_name)
+            meters = namesakes.get(event_name)
             try:
-                if meter is not None and span is not None:
-                    await compare(resources, meter, customer, *span, now)
+                if meters and span is not None:
+                    await compare(resources, meters, customer, *span, now)
                     return True
             except STRIPE_ERRORS as error:
                 log.warning("summary_not_read", customer=customer, meter=event_name, error=type(error).__name__)
@@ -231,52 +234,69 @@ async def reconcile_sent(resources: Resources, now: datetime) -> int:
     return sum(await all_ended(reconcile(*pair) for pair in pairs))
 
 
+class FormulaHour(NamedTuple):
+    """An hour of the meters of one name that have one formula; a meter that was made anew may have another."""
+
+    at: datetime
+    formula: str
+
+
 async def compare(
-    resources: Resources, meter: Meter, customer: str, start: datetime, end: datetime, now: datetime
+    resources: Resources, meters: Sequence[Meter], customer: str, start: datetime, end: datetime, now: datetime
 ) -> Compared:
     """Ask Stripe for the hours from `start` to `end` (whole hours) and write down what comes of it.
 
-    Raises Stripe's errors. Safe to repeat, and beside another one: each hour is judged from one snapshot of what was
-    sent, and only what was judged is changed.
+    `meters`: all that have had one name, first the one that has it now. Raises Stripe's errors. Safe to repeat, and
+    beside another one: each hour is judged from one snapshot of what was sent, and only what was judged is changed.
     """
-    theirs = await _read_summaries(resources, meter, customer, start, end)
+    theirs: dict[FormulaHour, Decimal] = {}
+    for meter in meters:
+        for at, value in (await _read_summaries(resources, meter, customer, start, end)).items():
+            hour = FormulaHour(at, meter.formula)
+            # In the hour in which the name went to another meter, what this one was told last is the latest.
+            theirs[hour] = theirs.get(hour, value) if meter.formula == "last" else theirs.get(hour, 0) + value
     # Deliveries that are taken while the answer is on its way make an hour differ, and so wait.
     async with db.transaction(resources.engine) as connection:
-        return await _write(connection, meter, customer, theirs, start, end, now)
+        return await _write(connection, meters[0].event_name, customer, theirs, start, end, now)
 
 
 async def _write(
     connection: AsyncConnection,
-    meter: Meter,
+    event_name: str,
     customer: str,
-    theirs: Mapping[datetime, Decimal],
+    theirs: Mapping[FormulaHour, Decimal],
     start: datetime,
     end: datetime,
     now: datetime,
 ) -> Compared:
-    pair = {"customer": customer, "event_name": meter.event_name}
+    pair = {"customer": customer, "event_name": event_name}
     span = {"start": int(start.timestamp()), "end": int(end.timestamp())}
     rows = (await connection.execute(READ_HOURS, pair | span)).mappings()
-    ours = {datetime.fromtimestamp(row["number"] * 3600, UTC): _hour(row) for row in rows}
-    judged = {at: judge(ours.get(at, Hour()), theirs.get(at), meter.formula, now) for at in sorted({*ours, *theirs})}
+    ours = {FormulaHour(datetime.fromtimestamp(row["number"] * 3600, UTC), row["formula"]): _hour(row) for row in rows}
+    judged = {
+        hour: judge(ours.get(hour, Hour()), theirs.get(hour), hour.formula, now) for hour in sorted({*ours, *theirs})
+    }
     confirmed = [id for judgement in judged.values() for id in judgement.confirmed]
     await connection.execute(CONFIRM, {"ids": confirmed, "now": now})
     for state, reason, ids in _settled_unknowns(list(judged.values())):
         await connection.execute(SETTLE_UNKNOWN, {"state": state, "reason": reason, "ids": ids, "now": now})
-    drifts = [
-        {"hour": at.isoformat(), "ours": str(judgement.ours), "stripes": str(theirs.get(at, Decimal(0)))}
-        for at, judgement in judged.items()
-        if judgement.verdict == "differs"
-    ]
-    agreeing = [at for at, judgement in judged.items() if judgement.verdict == "agrees"]
-    await connection.execute(NOTE_DRIFTS, pair | {"rows": json.dumps(drifts), "now": now})
-    await connection.execute(RESOLVE_DRIFTS, pair | {"hours": agreeing, "now": now})
-    waiting = [ours[at] for at, judgement in judged.items() if judgement.verdict == "waits"]
+    verdicts: dict[Verdict, list[FormulaHour]] = {"agrees": [], "waits": [], "differs": []}
+    for hour, judgement in judged.items():
+        verdicts[judgement.verdict].append(hour)
+    # One row an hour, also where it differs in two formulas.
+    drifts = {
+        hour.at: {"hour": hour.at.isoformat(), "ours": str(judged[hour].ours), "stripes": str(theirs.get(hour, 0))}
+        for hour in verdicts["differs"]
+    }
+    agreeing, waiting = verdicts["agrees"], [ours[hour] for hour in verdicts["waits"]]
+    resolved = {hour.at for hour in agreeing} - {hour.at for hour in judged.keys() - agreeing}
+    await connection.execute(NOTE_DRIFTS, pair | {"rows": json.dumps(list(drifts.values())), "now": now})
+    await connection.execute(RESOLVE_DRIFTS, pair | {"hours": sorted(resolved), "now": now})
     fresh = any(hour.settled_at is None or hour.settled_at > now - SOON for hour in waiting)
     next_check_at = now + (AGAIN_SOON if fresh or len(agreeing) == len(judged) else AGAIN_LATER)
     await connection.execute(NOTE_CHECK, pair | {"now": now, "next_check_at": next_check_at})
-    for drift in drifts:
-        log.error("usage_drift", customer=customer, meter=meter.event_name, **drift)
+    for drift in drifts.values():
+        log.error("usage_drift", customer=customer, meter=event_name, **drift)
     return Compared(len(agreeing), len(waiting), len(drifts), len(confirmed))
 
 
@@ -373,5 +393,5 @@ async def find_drifts(connection: AsyncConnection, wanted: Mapping[str, Any]) ->
 async def compare_now(resources: Resources, pair: Pair, now: datetime) -> Compared | None:
     """Ask Stripe about a pair, whenever that was done last; None when Stripe has no such meter. Raises its errors."""
     async with db.transaction(resources.engine) as connection:
-        meter = (await read_meters(connection)).get(pair.event_name)
-    return await compare(resources, meter, pair.customer, pair.start, pair.end, now) if meter else None
+        meters = (await read_namesakes(connection)).get(pair.event_name)
+    return await compare(resources, meters, pair.customer, pair.start, pair.end, now) if meters else None

@@ -18,7 +18,7 @@ from tallystick.terminal import Json, err, fail, out, print_table, with_resource
 if TYPE_CHECKING:
     from tallystick.resources import Resources
     from tallystick.usage.board import OpenPeriod
-    from tallystick.usage.conservation import Conservation, Part
+    from tallystick.usage.conservation import Conservation, MeterConservation
 
 app = typer.Typer()
 
@@ -33,7 +33,7 @@ class Report:
     `unknown`: the name of a customer or meter that was asked for and is nobody's.
     """
 
-    parts: "Sequence[Part]"
+    parts: "Sequence[MeterConservation]"
     whole: "Conservation | None"
     drifts: Sequence[Mapping[str, Any]]
     compared: int | None

@@ -18,7 +18,7 @@ from tallystick.usage.buffer import forget_ids
 
 log = structlog.get_logger()
 
-MARK = f"{KEY_TAG}:usage:mark"
+MARK_KEY = f"{KEY_TAG}:usage:mark"
 
 RAISE_MARK = text("UPDATE installation SET mark = mark + 1 WHERE mark >= :remembered RETURNING mark")
 READ_MARK = text("SELECT mark FROM installation")
@@ -29,7 +29,7 @@ async def compare_marks(resources: Resources, now: datetime) -> int:
 
     Raises what PostgreSQL and Redis raise.
     """
-    remembered = int(await resources.redis.get(MARK) or 0)
+    remembered = int(await resources.redis.get(MARK_KEY) or 0)
     async with db.transaction(resources.engine) as connection:
         mark = await connection.scalar(RAISE_MARK, {"remembered": remembered})
         restored = mark is None
@@ -40,5 +40,5 @@ async def compare_marks(resources: Resources, now: datetime) -> int:
         DATABASE_RESTORED.inc()
         log.error("database_restored", mark=mark, remembered=remembered, generations=number, at=now.isoformat())
     # Died here: Redis's mark is too low by one, or the ids are forgotten once more. A restore is noticed all the same.
-    await resources.redis.set(MARK, mark)
+    await resources.redis.set(MARK_KEY, mark)
     return int(restored)

@@ -11,11 +11,12 @@ from tallystick.auth import ApiKey, bearer, require_scope
 from tallystick.errors import Forbidden, InvalidRequest, NotFound, Unavailable
 from tallystick.redis_client import REDIS_ERRORS
 from tallystick.resources import Resources
+from tallystick.usage.aggregations import Aggregation
 from tallystick.usage.board import list_open_periods
 from tallystick.usage.buckets import floor_hour
 from tallystick.usage.conservation import Slice, count_slices, find_first_day
 from tallystick.usage.events import plain
-from tallystick.usage.query import Aggregation, Question, add_up_usage, find_period_start, find_refs, find_unknown
+from tallystick.usage.query import Question, add_up_usage, find_period_start, find_refs, find_unknown
 from tallystick.usage.trace import trace_event, waits_in_buffer
 from tallystick.usage.windows import Window, start_of_month
 

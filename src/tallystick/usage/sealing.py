@@ -30,13 +30,14 @@ from tallystick import db
 from tallystick.redis_client import REDIS_ERRORS
 from tallystick.resources import Resources
 from tallystick.rules import MeterRules
+from tallystick.stripe_limits import METER_EVENT_MAX_AGE
 from tallystick.usage.aggregations import NO_RULES
 from tallystick.usage.cuts import cut_totals
 from tallystick.usage.drain import drain
 from tallystick.usage.events import plain
 from tallystick.usage.meters import read_meters
 from tallystick.usage.parking import announce_parked
-from tallystick.usage.parts import COUNTED_PER_SEAL, STRIPE_MAX_AGE, Part, Total, list_parts, make_identifier
+from tallystick.usage.parts import COUNTED_PER_SEAL, Part, Total, list_parts, make_identifier
 from tallystick.usage.sealing_requests import forget_requests, read_requests
 
 # To find what is due costs a look at all that is open, so it is done once for many; it is sealed in transactions of a
@@ -48,7 +49,7 @@ TOTALS_PER_TRANSACTION = 1_000
 FAILURES_AT_MOST = 10
 
 # Usage of an hour that has just ended may still be on its way through Redis.
-SETTLE = timedelta(seconds=60)
+HOUR_SETTLES_IN = timedelta(seconds=60)
 
 # Usage records of a period are taken until it ends, so that its last ones must be told before: the nearer its end the
 # less is left out, and each telling is a call.
@@ -83,21 +84,22 @@ LOCK_DUE = f"""
     {IN_ORDER} FOR UPDATE OF t {{locked}}
 """
 
-DUE_BY_TIME = """
-    (EXISTS (SELECT FROM subscriptions s WHERE s.customer = r.customer)
-     OR t.opened_at <= :held_until)
-    AND (
-        t.quantity - t.sealed >= :threshold
-        OR t.aggregation = 'count' AND t.events - t.sealed_events >= :counted
-        OR t.meter = ANY(:recorded) AND (t.sealed_at IS NULL OR t.sealed_at <= :recorded_before)
-           AND EXISTS (SELECT FROM period_boundaries b
-                        WHERE b.customer = r.customer AND b.at > :now AND b.at <= :ending)
-        OR t.bucket_end <= :settled AND (
-            t.sealed_at IS NULL
-            OR t.sealed_at <= :sealed_before
-            OR EXISTS (SELECT FROM period_boundaries b
-                        WHERE b.customer = r.customer AND b.at >= t.bucket_end AND b.at <= :now))
-    )
+# By time, a total is due for any one of these reasons, if its customer has a subscription or was waited for.
+THRESHOLD_REACHED = "t.quantity - t.sealed >= :threshold"
+MANY_COUNTED = "t.aggregation = 'count' AND t.events - t.sealed_events >= :counted"
+PERIOD_ENDS_SOON = """
+    t.meter = ANY(:recorded) AND (t.sealed_at IS NULL OR t.sealed_at <= :recorded_before)
+    AND EXISTS (SELECT FROM period_boundaries b WHERE b.customer = r.customer AND b.at > :now AND b.at <= :ending)
+"""
+BUCKET_ENDED = """
+    t.bucket_end <= :settled
+    AND (t.sealed_at IS NULL
+         OR t.sealed_at <= :sealed_before
+         OR EXISTS (SELECT FROM period_boundaries b
+                     WHERE b.customer = r.customer AND b.at >= t.bucket_end AND b.at <= :now))
+"""
+SUBSCRIBED_OR_WAITED_FOR = """
+    (EXISTS (SELECT FROM subscriptions s WHERE s.customer = r.customer) OR t.opened_at <= :held_until)
 """
 
 INSERT_DELIVERIES = text("""
@@ -155,14 +157,10 @@ class Route:
 async def seal_due(resources: Resources, now: datetime) -> int:
     """Seal every total that is due by time or threshold; how many. Other workers' totals are left to them."""
     settings = resources.settings
-    due = (
-        DUE_BY_TIME
-        if settings.seal_threshold is not None
-        else DUE_BY_TIME.replace("t.quantity - t.sealed >= :threshold\n        OR ", "")
-    )
-    parameters: dict[str, object] = {
+    reasons = [MANY_COUNTED, PERIOD_ENDS_SOON, BUCKET_ENDED]
+    asked: dict[str, object] = {
         "now": now,
-        "settled": now - SETTLE,
+        "settled": now - HOUR_SETTLES_IN,
         "sealed_before": now - timedelta(seconds=settings.seal_every_seconds),
         "held_until": now - timedelta(hours=settings.hold_without_subscription_hours),
         "counted": COUNTED_PER_SEAL,
@@ -173,8 +171,10 @@ async def seal_due(resources: Resources, now: datetime) -> int:
         "ending": now + RECORDS_BEFORE_END,
     }
     if settings.seal_threshold is not None:
-        parameters["threshold"] = settings.seal_threshold
-    return await _seal_all(resources, now, due, parameters, locked="SKIP LOCKED")
+        reasons.insert(0, THRESHOLD_REACHED)
+        asked["threshold"] = settings.seal_threshold
+    due = f"{SUBSCRIBED_OR_WAITED_FOR} AND ({' OR '.join(f'({reason})' for reason in reasons)})"
+    return await _seal_all(resources, now, due, asked, locked="SKIP LOCKED")
 
 
 async def seal_everything(resources: Resources, now: datetime) -> int:
@@ -367,7 +367,7 @@ def _close(parts: Sequence[Part]) -> list[_Seal]:
 def _write_delivery(installation: str, part: Part, route: Route, now: datetime) -> _Delivery:
     total = part.total
     state, reason = "pending", None
-    if part.at < now - STRIPE_MAX_AGE:
+    if part.at < now - METER_EVENT_MAX_AGE:
         state, reason = "parked", "older_than_35_days"
     elif part.parked is not None:
         state, reason = "parked", part.parked

@@ -21,7 +21,7 @@ from tallystick.notifications.outbox import Notification, queue_notifications
 from tallystick.resources import Resources
 from tallystick.rules import Rules
 from tallystick.usage.events import plain
-from tallystick.usage.periods import Usage, find_periods
+from tallystick.usage.periods import UsageMoment, find_periods
 from tallystick.usage.quota import Span, add_up_spans
 from tallystick.usage.sealing import FIND_CUSTOMERS
 
@@ -97,7 +97,7 @@ async def announce_thresholds(resources: Resources, now: datetime) -> int:
     # After the declaration: what is sealed from here on is written down.
     async with db.transaction(resources.engine) as connection:
         found = await connection.execute(FIND_OPEN, {"meters": meters})
-        usages = [Usage(customer, meter, at, rules.meters[meter].price) for customer, meter, at in found]
+        usages = [UsageMoment(customer, meter, at, rules.meters[meter].price) for customer, meter, at in found]
     announced = 0
     for some in _cut(usages):
         async with db.transaction(resources.engine) as connection:
@@ -122,7 +122,7 @@ async def _declare(connection: AsyncConnection, rules: Rules, meters: Sequence[s
         await db.fetch_patiently(connection, DECLARE, [list(new), list(new.values()), now], DECLARE_WITHIN)
 
 
-async def _take_looks(connection: AsyncConnection, rules: Rules) -> tuple[int, list[Usage]]:
+async def _take_looks(connection: AsyncConnection, rules: Rules) -> tuple[int, list[UsageMoment]]:
     """Take what is written down to be looked at: how much it was, and what of it is a customer's."""
     looks = (await connection.execute(TAKE_LOOKS, {"limit": SPANS_PER_TRANSACTION})).all()
     if not looks:
@@ -130,14 +130,14 @@ async def _take_looks(connection: AsyncConnection, rules: Rules) -> tuple[int, l
     known = await connection.execute(FIND_CUSTOMERS, {"refs": sorted({look.customer_ref for look in looks})})
     customers: dict[str, str] = {row.ref: row.customer for row in known}
     usages = {
-        Usage(customers[look.customer_ref], look.meter, look.at, rules.meters[look.meter].price)
+        UsageMoment(customers[look.customer_ref], look.meter, look.at, rules.meters[look.meter].price)
         for look in looks
         if look.customer_ref in customers and look.meter in rules.meters
     }
     return len(looks), sorted(usages, key=lambda usage: (usage.customer or "", usage.event_name, usage.at))
 
 
-async def _announce(connection: AsyncConnection, usages: Sequence[Usage], rules: Rules, now: datetime) -> int:
+async def _announce(connection: AsyncConnection, usages: Sequence[UsageMoment], rules: Rules, now: datetime) -> int:
     if not usages:
         return 0
     periods = await find_periods(connection, usages)
@@ -189,6 +189,6 @@ def _in_order(reached: Sequence[Any]) -> list[Any]:
     return sorted(reached, key=lambda row: (row.customer, row.meter, row.period_start, row.threshold))
 
 
-def _cut(usages: Sequence[Usage]) -> Iterator[Sequence[Usage]]:
+def _cut(usages: Sequence[UsageMoment]) -> Iterator[Sequence[UsageMoment]]:
     for first in range(0, len(usages), SPANS_PER_TRANSACTION):
         yield usages[first : first + SPANS_PER_TRANSACTION]

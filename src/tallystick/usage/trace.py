@@ -21,10 +21,15 @@ from tallystick import db
 from tallystick.resources import Resources
 from tallystick.usage.buffer import is_remembered
 from tallystick.usage.events import plain
-from tallystick.usage.sealing import SETTLE
+from tallystick.usage.sealing import HOUR_SETTLES_IN
 
 OpenBecause = Literal[
-    "reference_not_linked", "meter_not_known", "no_subscription", "hour_not_ended", "sealed_at_next_run"
+    "reference_not_linked",
+    "meter_not_known",
+    "meter_changed",
+    "no_subscription",
+    "hour_not_ended",
+    "sealed_at_next_run",
 ]
 # Where a delivery's quantity lies: `draft` and `final` invoices have it on them.
 Place = Literal["final", "draft", "not_drafted_yet", "not_sent_yet", "not_known", "none"]
@@ -33,7 +38,8 @@ FIND_EVENTS = text("""
     SELECT e.day, e.customer_ref, e.meter, e.value, e.timestamp, e.stamped, e.received_at, e.properties, e.seal,
            t.id AS total_id, t.bucket_start, t.bucket_end, t.aggregation, t.quantity, t.events, t.seal AS open_seal,
            t.opened_at, r.customer,
-           EXISTS (SELECT FROM meters m WHERE m.event_name = t.meter AND m.status = 'active') AS meter_known,
+           ARRAY(SELECT m.formula FROM meters m WHERE m.event_name = t.meter AND m.status = 'active') AS formulas,
+           CASE WHEN t.aggregation IN ('max', 'unique_count') THEN 'last' ELSE t.aggregation END AS formula,
            EXISTS (SELECT FROM subscriptions s WHERE s.customer = r.customer) AS subscribed
       FROM usage_events e
       JOIN usage_totals t ON t.id = e.total_id
@@ -156,11 +162,11 @@ async def _trace(
 def _why_open(event: Mapping[Any, Any], price: str | None, held: timedelta, now: datetime) -> OpenBecause:
     if event["customer"] is None:
         return "reference_not_linked"
-    if not event["meter_known"] and price is None:
-        return "meter_not_known"
+    if price is None and event["formula"] not in event["formulas"]:
+        return "meter_changed" if event["formulas"] else "meter_not_known"
     if not event["subscribed"] and event["opened_at"] > now - held:
         return "no_subscription"
-    return "hour_not_ended" if event["bucket_end"] > now - SETTLE else "sealed_at_next_run"
+    return "hour_not_ended" if event["bucket_end"] > now - HOUR_SETTLES_IN else "sealed_at_next_run"
 
 
 def _delivery(row: Mapping[Any, Any], attempts: list[dict[str, Any]]) -> dict[str, Any]:

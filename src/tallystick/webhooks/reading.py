@@ -13,10 +13,10 @@ from typing import Any
 
 from tallystick.resources import Resources
 from tallystick.stripe_gateway import STRIPE_ERRORS, is_missing, to_problem
+from tallystick.stripe_limits import OBJECTS_PER_PAGE
 from tallystick.webhooks.translate import instant
 
-# The most that Stripe lists at once.
-PAGE_SIZE = 100
+PAGE_SIZE = OBJECTS_PER_PAGE
 # Below the 25 calls a second of a sandbox and a fifth of the 100 of live mode, which the product shares with us.
 CALLS_PER_SECOND = 20
 # Half a minute of growing pauses in all. What fails for longer is left to the next run.

@@ -30,6 +30,7 @@ from tallystick import db
 from tallystick.errors import Problem, StorageFailed, Unavailable
 from tallystick.metrics import EVENTS_COMPLETE_UNTIL, EVENTS_GAP_SECONDS, EVENTS_RECOVERED
 from tallystick.resources import Resources
+from tallystick.stripe_limits import EVENT_TYPES_PER_LIST, EVENTS_LISTED_FOR
 from tallystick.webhooks.inbox import Inbox
 from tallystick.webhooks.reading import Reader
 from tallystick.webhooks.translate import HANDLED_TYPES, id_of, instant
@@ -40,10 +41,8 @@ log = structlog.get_logger()
 
 # Stripe's list is not promised to be in step with its webhooks; an event may show up in it a little late.
 LISTED_WITHIN = timedelta(minutes=5)
-# Stripe lists events for 30 days; one hour less, because a pass takes its time.
-LISTED_FOR = timedelta(days=30, hours=-1)
-# Stripe's limit of `types` in one list.
-TYPES_PER_LIST = 20
+# One hour less than Stripe's, because a pass takes its time.
+LISTED_FOR = EVENTS_LISTED_FOR - timedelta(hours=1)
 # Longer than a page can take, tries included, so that only the dead lose their lease.
 LEASE = timedelta(minutes=3)
 # After that the newest events are worth more than the calls that are saved.
@@ -224,7 +223,7 @@ async def _read_lists(
     report: Callable[[Run], None] | None,
 ) -> Run:
     types, clock = listed_types(), asyncio.get_running_loop().time
-    groups = [types[start : start + TYPES_PER_LIST] for start in range(0, len(types), TYPES_PER_LIST)]
+    groups = [types[start : start + EVENT_TYPES_PER_LIST] for start in range(0, len(types), EVENT_TYPES_PER_LIST)]
     run = replace(run, done=False)
     while under_way.group < len(groups):
         if ends_at is not None and clock() >= ends_at:

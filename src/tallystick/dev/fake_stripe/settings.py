@@ -42,6 +42,9 @@ class Settings:
     meter_event_rate_limit_per_second: int = 0
     """The same for v1 meter events alone. Stripe: 1,000 in live mode."""
 
+    stream_refuses_repeats: bool = False
+    """Whether the stream refuses a request with an identifier that was taken. Stripe does not say what it does."""
+
     portal_default_configuration: bool = True
     """Whether the customer portal has a default configuration; without one a session needs `configuration`."""
 

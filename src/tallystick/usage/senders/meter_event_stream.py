@@ -1,7 +1,8 @@
 """The sender for much usage: v2's meter event stream, up to 100 deliveries a request. Live mode only.
 
 Stripe answers before it looks at the events. What it cannot bill comes back as an error report
-(`usage/error_reports.py`); a repeat of an identifier is taken and counted once.
+(`usage/error_reports.py`). A repeat of an identifier counts once: whether it is taken or refused is said nowhere, so
+both are understood.
 """
 
 import asyncio
@@ -15,10 +16,8 @@ from stripe import StripeClient
 from stripe.params.v2.billing import MeterEventStreamCreateParamsEvent
 
 from tallystick.stripe_gateway import MeterEventSession, error_code, request_id
+from tallystick.stripe_limits import STREAM_EVENTS_PER_REQUEST
 from tallystick.usage.senders.outcomes import Message, Outcome, read_outcome
-
-# Stripe's limit (https://docs.stripe.com/api/v2/billing/meter-event-stream/create).
-EVENTS_PER_REQUEST = 100
 
 # Said by Stripe when the session has ended before its time.
 SESSION_EXPIRED = "billing_meter_event_session_expired"
@@ -29,8 +28,9 @@ async def send_stream(
 ) -> list[Outcome]:
     """Stream the messages, `lanes` requests at a time; an outcome for each, in order.
 
-    A request that Stripe refuses as a whole is said again in halves, so that one message which cannot be read does not
-    take the others along. After `seconds` no further request is begun.
+    A request that Stripe refuses as a whole is said again in halves: one message which cannot be read must not take the
+    others along, and that one was taken before says nothing about the others. After `seconds` no further request is
+    begun.
     """
     free = asyncio.Semaphore(lanes)
     until = monotonic() + seconds
@@ -40,12 +40,14 @@ async def send_stream(
             return [Outcome("retry", "out_of_time")] * len(some)
         async with free:
             outcome = await _stream(session, some, now)
-        if outcome.state != "parked" or len(some) == 1:
+        is_refused = outcome.state == "parked" or outcome.reason == "repeat"
+        if not is_refused or len(some) == 1:
             return [outcome] * len(some)
         middle = len(some) // 2
         return await send(some[:middle]) + await send(some[middle:])
 
-    requests = [messages[at : at + EVENTS_PER_REQUEST] for at in range(0, len(messages), EVENTS_PER_REQUEST)]
+    size = STREAM_EVENTS_PER_REQUEST
+    requests = [messages[at : at + size] for at in range(0, len(messages), size)]
     return [outcome for answered in await asyncio.gather(*map(send, requests)) for outcome in answered]
 
 

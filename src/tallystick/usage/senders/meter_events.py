@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from time import monotonic
 
 import stripe
 from stripe import StripeClient
@@ -10,12 +11,21 @@ from tallystick.stripe_gateway import request_id
 from tallystick.usage.senders.outcomes import Message, Outcome, read_outcome
 
 
-async def send_meter_events(client: StripeClient, messages: Sequence[Message], *, lanes: int) -> list[Outcome]:
-    """Create the meter events, `lanes` at a time; an outcome for each, in order."""
+async def send_meter_events(
+    client: StripeClient, messages: Sequence[Message], *, lanes: int, seconds: int
+) -> list[Outcome]:
+    """Create the meter events, `lanes` at a time; an outcome for each, in order.
+
+    After `seconds` no further call is begun: a process that was stopped for a day and goes on must not say what another
+    has said since, for Stripe would no longer know it for a repeat.
+    """
     free = asyncio.Semaphore(lanes)
+    until = monotonic() + seconds
 
     async def send(message: Message) -> Outcome:
         async with free:
+            if monotonic() > until:
+                return Outcome("retry", "out_of_time")
             return await send_meter_event(client, message)
 
     return await asyncio.gather(*(send(message) for message in messages))

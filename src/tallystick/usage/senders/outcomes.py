@@ -8,6 +8,8 @@ import stripe
 
 from tallystick.stripe_gateway import error_code, never_reached, request_id
 
+# A repeat is refused by v2 with a code, and by v1 in these words and with no code at all.
+DUPLICATE = "duplicate_meter_event"
 ALREADY_SENT = "already exists with identifier"
 
 
@@ -42,19 +44,21 @@ class Outcome:
 def read_outcome(error: stripe.StripeError) -> Outcome:
     """What an error of Stripe's SDK says about whether what was said was taken.
 
-    Only a refusal is certain. A connection that broke, a time-out or a 5xx leaves it open, and the retry repeats the
-    identifier, which Stripe takes once (https://docs.stripe.com/api/billing/meter-event/create).
+    Only a refusal in Stripe's own words is certain. A connection that broke, a time-out, a 5xx or an answer that is not
+    Stripe's (of a proxy, whatever its status) leaves it open, and the retry repeats the identifier, which Stripe takes
+    once (https://docs.stripe.com/api/billing/meter-event/create).
     """
     status, answered = error.http_status, request_id(error)
     reason = error_code(error) or type(error).__name__
     if isinstance(error, stripe.APIConnectionError):
         return Outcome("retry", type(error.__cause__ or error).__name__, unknown=not never_reached(error))
-    if status == 400 and ALREADY_SENT in str(error.user_message or error):
+    if status == 400 and (reason == DUPLICATE or ALREADY_SENT in str(error.user_message or error)):
         return Outcome("sent", "repeat", http_status=status, request_id=answered)
-    if status is None or status >= 500 or status == 409:
-        return Outcome("retry", reason, unknown=True, http_status=status, request_id=answered)
-    if status in (401, 403, 429):
+    if isinstance(error, stripe.RateLimitError) or (status in (401, 403) and not isinstance(error, stripe.APIError)):
         # A wrong key is the operator's to mend, and the usage waits for it; a full lane empties by itself.
         return Outcome("retry", reason, http_status=status, request_id=answered)
+    # The SDK's name for all that has no name of its own: 409, 5xx, and what cannot be read as Stripe's.
+    if isinstance(error, stripe.APIError) or status is None or status >= 500 or status == 409:
+        return Outcome("retry", reason, unknown=True, http_status=status, request_id=answered)
     said = f"{reason}: {error.user_message}" if error.user_message else reason
     return Outcome("parked", said[:200], http_status=status, request_id=answered)

@@ -162,6 +162,12 @@ def stream(account: Account, call: Call) -> Object:
     if not 1 <= len(events) <= STREAM_EVENTS:
         raise invalid(f"A request carries 1 to {STREAM_EVENTS} events.", param="events")
     moments = [_moment(event.get("timestamp")) for event in events]
+    if account.settings.stream_refuses_repeats and any(
+        account.ledger.taken(event.get("identifier") or "", account.now()) for event in events
+    ):
+        raise invalid(
+            "A meter event with a duplicate identifier has already been submitted.", code="duplicate_meter_event"
+        )
     for event, moment in zip(events, moments, strict=True):
         metering.accept(account, event, moment, call.idempotency_key, streamed=True)
     return {}
