@@ -5,6 +5,8 @@ their own.
 """
 
 import os
+import shutil
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -33,6 +35,29 @@ from tests.serving import serve_in_thread
 
 WEBHOOK_SECRET = "whsec_for_tests_0123456789"
 SOURCE = "tests"
+
+
+OWN_FOLDER = pytest.StashKey[Path]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each run of root's a folder of its own.
+
+    Root's servers run as somebody else, who may pass through pytest's common folder until the next run of pytest closes
+    it: PostgreSQL ends at its next checkpoint then.
+    """
+    if os.geteuid() == 0 and not config.option.basetemp and not hasattr(config, "workerinput"):
+        config.stash[OWN_FOLDER] = Path(tempfile.mkdtemp(prefix="tallystick-tests-"))
+        config.option.basetemp = str(config.stash[OWN_FOLDER] / "run")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Delete that folder; after a failure it is kept, as pytest's own would be."""
+    folder = session.config.stash.get(OWN_FOLDER, None)
+    if folder is not None and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
