@@ -8,11 +8,12 @@ from pydantic import BaseModel, Field
 from sqlalchemy import Row, text
 
 from tallystick import db
-from tallystick.access.routes import PLAIN_TEXT, TimelineLine, read_line
+from tallystick.access.routes import TimelineLine, read_line
 from tallystick.access.timeline import READ_LINES_OF_EVENT
 from tallystick.auth import bearer, require_scope
 from tallystick.errors import UnknownEvent
 from tallystick.resources import Resources
+from tallystick.rules import PLAIN_TEXT
 
 router = APIRouter(dependencies=[bearer], tags=["events"])
 
