@@ -27,8 +27,8 @@ READ_NOTED = text("SELECT number, ref FROM changed_refs ORDER BY number LIMIT :l
 
 FORGET_NOTED = text("DELETE FROM changed_refs WHERE number = ANY(:numbers)")
 
-# Of all who carry a name, those that may have it now and those that were told they have it. Where nobody has it, every
-# deleted one keeps it. A campaign's code can be the name of very many customers, so only these few are looked at.
+# Those that may have a name now, and those that were told they have it. Where nobody has it, every deleted one that
+# carries it keeps it. A campaign's code can be the name of very many customers, so only these few are looked at.
 # (OFFSET 0 and LIMIT: looked up name by name, whatever statistics say.)
 FIND_CONCERNED = text("""
     WITH noted AS (
@@ -46,21 +46,23 @@ FIND_CONCERNED = text("""
               WHERE s.client_reference_id = n.ref AND NOT s.deleted AND s.account = ''
                 AND NOT c.deleted AND c.account = ''
               ORDER BY s.mark_created DESC, s.id DESC LIMIT 1)) m
-    ), carrying AS (
-        SELECT n.ref, k.customer
-          FROM noted n
-         CROSS JOIN LATERAL (
-            SELECT c.id AS customer FROM customers c WHERE c.ref = n.ref AND c.account = ''
-            UNION ALL
-            SELECT s.customer FROM checkout_sessions s
-             WHERE s.client_reference_id = n.ref AND NOT s.deleted AND s.account = '') k
+    ), nobodys AS MATERIALIZED (
+        SELECT ref FROM noted EXCEPT SELECT ref FROM meaning
     )
     SELECT customer FROM meaning
     UNION
+    SELECT a.customer
+      FROM noted n
+     CROSS JOIN LATERAL (
+        SELECT customer FROM customer_access
+         WHERE announced_refs @> ARRAY[n.ref] AND announced_refs <> '{}' OFFSET 0) a
+    UNION
     SELECT k.customer
-      FROM carrying k
-     CROSS JOIN LATERAL (SELECT announced_refs FROM customer_access a WHERE a.customer = k.customer OFFSET 0) a
-     WHERE k.ref = ANY(a.announced_refs) OR NOT EXISTS (SELECT FROM meaning m WHERE m.ref = k.ref)
+      FROM nobodys n
+     CROSS JOIN LATERAL (
+        SELECT id AS customer FROM customers WHERE ref = n.ref AND account = ''
+        UNION ALL
+        SELECT customer FROM checkout_sessions WHERE client_reference_id = n.ref AND NOT deleted AND account = '') k
      ORDER BY customer
 """)
 
