@@ -8,6 +8,7 @@ from sqlalchemy import TextClause, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tallystick import db
+from tallystick.access.names import MAY_MEAN
 from tallystick.access.routes import FIND_CUSTOMER, UNKNOWN_CUSTOMER, Reference
 from tallystick.access.state import recompute_access
 from tallystick.access.timeline import Line, write_timeline
@@ -38,17 +39,7 @@ UNLINK = text("""
     INSERT INTO changed_refs (ref) SELECT ref FROM written
 """)
 
-# Whom the reference means now, and whom it would mean without its link: of each kind of name only the first can be it.
-FIND_CANDIDATES = text("""
-    SELECT customer FROM customer_links WHERE ref = :ref
-    UNION
-    (SELECT id FROM customers WHERE ref = :ref AND NOT deleted AND account = ''
-      ORDER BY mark_created DESC, id DESC LIMIT 1)
-    UNION
-    (SELECT s.customer FROM checkout_sessions s JOIN customers c ON c.id = s.customer
-      WHERE s.client_reference_id = :ref AND NOT s.deleted AND s.account = '' AND NOT c.deleted AND c.account = ''
-      ORDER BY s.mark_created DESC, s.id DESC LIMIT 1)
-""")
+FIND_CANDIDATES = text(MAY_MEAN.format(ref=":ref"))
 
 
 class LinkRequest(BaseModel):

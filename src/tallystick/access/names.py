@@ -27,25 +27,28 @@ READ_NOTED = text("SELECT number, ref FROM changed_refs ORDER BY number LIMIT :l
 
 FORGET_NOTED = text("DELETE FROM changed_refs WHERE number = ANY(:numbers)")
 
+# Whom the name {ref} means, or would mean without its link: of each kind of name only the first can be it. It is the
+# first row of an index, however many share the name. (The other side of this, which names a customer has, is the view
+# `customer_names`; tests/access/test_names.py compares them.)
+MAY_MEAN = """
+    SELECT customer FROM customer_links WHERE ref = {ref}
+    UNION ALL
+    (SELECT id FROM customers WHERE ref = {ref} AND NOT deleted AND account = ''
+      ORDER BY mark_created DESC, id DESC LIMIT 1)
+    UNION ALL
+    (SELECT s.customer FROM checkout_sessions s JOIN customers c ON c.id = s.customer
+      WHERE s.client_reference_id = {ref} AND NOT s.deleted AND s.account = '' AND NOT c.deleted AND c.account = ''
+      ORDER BY s.mark_created DESC, s.id DESC LIMIT 1)
+"""
+
 # Those that may have a name now, and those that were told they have it. Where nobody has it, every deleted one that
 # carries it keeps it. A campaign's code can be the name of very many customers, so only these few are looked at.
 # (OFFSET 0 and LIMIT: looked up name by name, whatever statistics say.)
-FIND_CONCERNED = text("""
+FIND_CONCERNED = text(f"""
     WITH noted AS (
         SELECT DISTINCT ref FROM unnest(CAST(:refs AS text[])) AS n(ref)
     ), meaning AS (
-        SELECT n.ref, m.customer
-          FROM noted n
-         CROSS JOIN LATERAL (
-            SELECT l.customer FROM customer_links l WHERE l.ref = n.ref
-            UNION ALL
-            (SELECT c.id FROM customers c WHERE c.ref = n.ref AND NOT c.deleted AND c.account = ''
-              ORDER BY c.mark_created DESC, c.id DESC LIMIT 1)
-            UNION ALL
-            (SELECT s.customer FROM checkout_sessions s JOIN customers c ON c.id = s.customer
-              WHERE s.client_reference_id = n.ref AND NOT s.deleted AND s.account = ''
-                AND NOT c.deleted AND c.account = ''
-              ORDER BY s.mark_created DESC, s.id DESC LIMIT 1)) m
+        SELECT n.ref, m.customer FROM noted n CROSS JOIN LATERAL ({MAY_MEAN.format(ref="n.ref")}) m
     ), nobodys AS MATERIALIZED (
         SELECT ref FROM noted EXCEPT SELECT ref FROM meaning
     )
@@ -55,7 +58,7 @@ FIND_CONCERNED = text("""
       FROM noted n
      CROSS JOIN LATERAL (
         SELECT customer FROM customer_access
-         WHERE announced_refs @> ARRAY[n.ref] AND announced_refs <> '{}' OFFSET 0) a
+         WHERE announced_refs @> ARRAY[n.ref] AND announced_refs <> '{{}}' OFFSET 0) a
     UNION
     SELECT k.customer
       FROM nobodys n
@@ -64,7 +67,7 @@ FIND_CONCERNED = text("""
         UNION ALL
         SELECT customer FROM checkout_sessions WHERE client_reference_id = n.ref AND NOT deleted AND account = '') k
      ORDER BY customer
-""")
+""")  # noqa: S608  a constant
 
 
 async def announce_names(resources: Resources, now: datetime) -> int:
