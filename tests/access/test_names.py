@@ -21,10 +21,15 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tallystick import db
+from tallystick.access import names
 from tallystick.access.links import FIND_CANDIDATES
 from tallystick.access.names import FIND_CONCERNED, announce_names
 from tallystick.resources import Resources
-from tests.webhooks.stripe_events import NOON, read
+from tallystick.rules import AccessRules
+from tallystick.webhooks.inbox import record_events
+from tests.conftest import empty_stores
+from tests.dying import die_everywhere
+from tests.webhooks.stripe_events import NOON, customer, event, read, verified
 
 # Few names, seconds and customers for many rows, so that every way of sharing a name comes about. One that looks
 # like an id is nobody's.
@@ -209,3 +214,36 @@ async def test_when_all_names_were_looked_at_everybody_was_told_its_own(resource
          WHERE a.announced_refs IS DISTINCT FROM n.refs
     """
     assert await read(resources, wrong) == []
+
+
+async def take_names(resources: Resources) -> None:
+    """Three customers that have lost their names to three others, and were not told yet."""
+    await empty_stores(resources)
+    for at, newer in enumerate(("", "_2")):
+        batch = [
+            event("customer.created", customer(f"cus_{n}{newer}", metadata={"tallystick_ref": f"ref_{n}"}), at=at)
+            for n in range(3)
+        ]
+        async with db.direct_transaction(resources.engine) as connection:
+            received = [verified(resources, one) for one in batch]
+            await record_events(connection, received, "tallystick_ref", AccessRules(), datetime.now(UTC))
+
+
+async def test_whoever_dies_while_names_are_told_tells_nobody_twice_and_leaves_nobody_out(
+    resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(names, "REFS_PER_BATCH", 4)
+    monkeypatch.setattr(names, "CUSTOMERS_PER_TRANSACTION", 1)
+
+    async def read_told() -> list[tuple[object, ...]]:
+        told = "SELECT customer, data -> 'refs' AS refs FROM notifications ORDER BY customer, number"
+        noted = "SELECT ref AS customer, NULL AS refs FROM changed_refs"
+        return [tuple(row.values()) for query in (told, noted) for row in await read(resources, query)]
+
+    steps, end = await die_everywhere(
+        resources, lambda: take_names(resources), lambda now: announce_names(resources, now), read_told
+    )
+    assert end == [
+        told for n in range(3) for told in ((f"cus_{n}", [f"ref_{n}"]), (f"cus_{n}", []), (f"cus_{n}_2", [f"ref_{n}"]))
+    ]
+    assert len(steps) > 2 * len(end) / 3
