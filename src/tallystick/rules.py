@@ -256,11 +256,12 @@ class RulesFile:
 
     path: Path | None
     rules: Rules = field(init=False)
+    read_at: datetime = field(init=False)
     changed_at: int = field(init=False, default=0)
     looked_at: datetime = field(init=False, default=datetime.min.replace(tzinfo=UTC))
 
     def __post_init__(self) -> None:
-        self.rules = load_rules(self.path)
+        self.rules, self.read_at = load_rules(self.path), datetime.now(UTC)
         self.changed_at = self._changed_at()
 
     def current(self, now: datetime) -> Rules:
@@ -272,7 +273,7 @@ class RulesFile:
         if changed_at != self.changed_at:
             self.changed_at = changed_at
             try:
-                self.rules = load_rules(self.path)
+                self.rules, self.read_at = load_rules(self.path), now
                 log.info("rules_read", file=str(self.path))
             except SettingsError as error:
                 log.error("rules_not_read", error=str(error))
