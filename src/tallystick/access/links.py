@@ -58,7 +58,7 @@ class CustomerLink(BaseModel):
 
 
 class Unlinked(BaseModel):
-    """A reference without a link, and the Stripe customer whose metadata has it all the same."""
+    """A reference without a link, and the Stripe customer that it means all the same, by what Stripe has."""
 
     ref: str
     customer: str | None
@@ -79,10 +79,10 @@ async def get_customer(request: Request, ref: Reference) -> CustomerLink:
 async def link_customer(request: Request, ref: Reference, body: LinkRequest) -> CustomerLink:
     """Let a reference mean this Stripe customer from now on, whatever it meant before. Safe to repeat.
 
-    It wins over a reference in a customer's metadata. A customer that was never heard of is fetched from Stripe soon.
-    Usage under the reference that was not sealed yet goes to this customer, too. 422 when the reference looks like a
-    Stripe id, since such a name means itself only, or when the customer is a connected account's. Needs the scope
-    `customers:write`.
+    It wins over a reference in a customer's metadata or a checkout. A customer that was never heard of is fetched from
+    Stripe soon. Usage under the reference that was not sealed yet goes to this customer, too. 422 when the reference
+    looks like a Stripe id, since such a name means itself only, or when the customer is a connected account's. Needs
+    the scope `customers:write`.
     """
     _check(ref)
     refuse_card_number(ref, "ref")
@@ -95,8 +95,8 @@ async def link_customer(request: Request, ref: Reference, body: LinkRequest) -> 
 async def unlink_customer(request: Request, ref: Reference) -> Unlinked:
     """Take the link of a reference away. Safe to repeat.
 
-    Then the reference means the customer whose metadata at Stripe has it, or nobody: `customer` says whom. 422 when
-    the reference looks like a Stripe id. Needs the scope `customers:write`.
+    Then the reference means the customer whose metadata or checkout at Stripe has it, or nobody: `customer` says whom.
+    422 when the reference looks like a Stripe id. Needs the scope `customers:write`.
     """
     _check(ref)
     resources: Resources = request.app.state.resources
