@@ -195,6 +195,7 @@ TABLES = [
     "api_keys",
     "customer_timeline",
     "customer_access",
+    "access_rules",
     "customer_links",
     "changed_refs",
     "period_boundaries",

@@ -98,6 +98,7 @@ class Settings(BaseSettings):
     timeline_retention_days: int = Field(
         default=400, ge=1, le=3660, validation_alias="TALLYSTICK_TIMELINE_RETENTION_DAYS"
     )
+    event_retention_days: int = Field(default=400, ge=60, le=3660, validation_alias="TALLYSTICK_EVENT_RETENTION_DAYS")
 
     sender: Literal["meter_events", "meter_event_stream"] = Field(
         default="meter_events", validation_alias="TALLYSTICK_SENDER"

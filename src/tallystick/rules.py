@@ -96,9 +96,13 @@ def _read_quantity(given: Any) -> Decimal:
 QUANTITY = re.compile(r"[0-9]{1,15}(\.[0-9]{1,12})?")
 Quantity = Annotated[Decimal, BeforeValidator(_read_quantity), Field(gt=0)]
 
+# Whatever is named by people, here and in requests: PostgreSQL refuses NUL, and nobody means the other control
+# characters.
+PLAIN_TEXT = r"^[^\x00-\x1f\x7f]+$"
+
 # Both as in a usage event (usage/events.py): what cannot be sent need not be declared.
 MAX_PROPERTIES = 10
-Text = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Text = Annotated[str, Field(min_length=1, max_length=100, pattern=PLAIN_TEXT)]
 
 
 class MeterRules(_Section):
@@ -252,11 +256,12 @@ class RulesFile:
 
     path: Path | None
     rules: Rules = field(init=False)
+    read_at: datetime = field(init=False)
     changed_at: int = field(init=False, default=0)
     looked_at: datetime = field(init=False, default=datetime.min.replace(tzinfo=UTC))
 
     def __post_init__(self) -> None:
-        self.rules = load_rules(self.path)
+        self.rules, self.read_at = load_rules(self.path), datetime.now(UTC)
         self.changed_at = self._changed_at()
 
     def current(self, now: datetime) -> Rules:
@@ -268,7 +273,7 @@ class RulesFile:
         if changed_at != self.changed_at:
             self.changed_at = changed_at
             try:
-                self.rules = load_rules(self.path)
+                self.rules, self.read_at = load_rules(self.path), now
                 log.info("rules_read", file=str(self.path))
             except SettingsError as error:
                 log.error("rules_not_read", error=str(error))

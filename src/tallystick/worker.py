@@ -32,6 +32,7 @@ from tallystick.usage.sealing import answer_seal_requests, seal_due
 from tallystick.usage.thresholds import announce_thresholds
 from tallystick.webhooks.recovery import recover_events
 from tallystick.webhooks.refresh import refresh_mirror
+from tallystick.webhooks.retention import forget_events
 
 log = structlog.get_logger()
 
@@ -68,6 +69,7 @@ LOOPS = (
     Loop("access_rules", 5, follow_rules),
     Loop("names", 2, announce_names),
     Loop("timeline_retention", 3600, forget_timeline),
+    Loop("event_retention", 3600, forget_events),
     Loop("meters", 300, refresh_meters),
     Loop("partitions", 3600, keep_partitions),
     Loop("buffer", 15, measure_buffer),

@@ -8,7 +8,7 @@ import pytest
 
 from tallystick.resources import Resources
 from tallystick.webhooks import failures, inbox
-from tests.webhooks.stripe_events import NOON, deliver, event, invoice, post, price, subscription
+from tests.webhooks.stripe_events import NOON, checkout_session, deliver, event, invoice, post, price, subscription
 
 
 async def ask(client: httpx.AsyncClient, sent: dict[str, Any]) -> dict[str, Any]:
@@ -79,6 +79,8 @@ async def test_a_tie_says_so(client: httpx.AsyncClient) -> None:
     ("type_", "payload", "why"),
     [
         ("charge.succeeded", {"id": "ch_1", "object": "charge"}, "Events of the type charge.succeeded change nothing"),
+        ("checkout.session.completed", checkout_session(client_reference_id=None), "no usable client_reference_id"),
+        ("customer.created", {"id": "acct_1", "object": "account"}, "Nothing of acct_1 is mirrored"),
         ("invoice.upcoming", {k: v for k, v in invoice().items() if k != "id"}, "an object without an id"),
     ],
 )

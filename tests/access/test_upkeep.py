@@ -16,7 +16,14 @@ from typer.testing import CliRunner
 from tallystick import cli, db
 from tallystick.access import upkeep
 from tallystick.access.state import recompute_access
-from tallystick.access.upkeep import Recomputed, expire_grace, follow_rules, recompute_everybody
+from tallystick.access.upkeep import (
+    RULES_HELD_FOR,
+    OtherRulesHold,
+    Recomputed,
+    expire_grace,
+    follow_rules,
+    recompute_everybody,
+)
 from tallystick.app import create_app
 from tallystick.resources import Resources, open_resources
 from tests.conftest import open_client
@@ -224,6 +231,37 @@ async def test_two_workers_at_once_do_no_harm(ruled: Resources, monkeypatch: pyt
 
     assert await count_accesses(ruled) == {"restricted": 24}
     assert len(await read(ruled, "SELECT id FROM customer_timeline")) == 24
+
+
+async def test_two_workers_with_other_rules_do_not_undo_each_others_decisions(
+    resources: Resources, tmp_path: Path
+) -> None:
+    await fill(resources, 3)
+    older, newer = tmp_path / "older.toml", tmp_path / "newer.toml"
+    write_rules(older, 'past_due = "grace"')
+    write_rules(newer, 'past_due = "none"')
+    now = datetime.now(UTC)
+    async with open_process(resources, older) as first, open_process(resources, newer) as second:
+        assert await follow_rules(first, now) == 3
+        assert await follow_rules(second, now) == 3
+        for _ in range(2):
+            with pytest.raises(OtherRulesHold):
+                await follow_rules(first, now)
+            assert await follow_rules(second, now) == 0
+        told = "SELECT data ->> 'access' AS access FROM notifications WHERE customer = 'cus_1' AND type = :type"
+        rows = await read(resources, told, type="access.changed")
+        assert [row["access"] for row in rows] == ["grace", "none"]
+
+        # The changed file reaches the first one's machine, too.
+        write_rules(older, 'past_due = "none"')
+        assert await follow_rules(first, now + timedelta(seconds=6)) == 0
+        # It is taken back there, and the second one's machine is told last.
+        write_rules(older, 'past_due = "grace"')
+        assert await follow_rules(first, now + timedelta(seconds=12)) == 3
+        with pytest.raises(OtherRulesHold):
+            await follow_rules(second, now + timedelta(seconds=12))
+        # It is not told at all, and the first one is switched off.
+        assert await follow_rules(second, now + timedelta(seconds=12) + RULES_HELD_FOR) == 3
 
 
 async def test_what_a_process_with_the_old_rules_writes_is_decided_again(

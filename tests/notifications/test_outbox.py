@@ -249,6 +249,21 @@ async def test_a_checkout_moves_a_name_and_a_deletion_gives_it_back(
     assert await names_told(resources) == {"cus_1": ["acme"], "cus_2": []} == await names_held(resources)
 
 
+@pytest.mark.parametrize("checkout_first", [True, False])
+async def test_a_deleted_customer_loses_its_name_to_whoever_has_it_by_a_checkout(
+    client: httpx.AsyncClient, resources: Resources, checkout_first: bool
+) -> None:
+    await deliver(client, event("customer.created", customer("cus_1", **NAMED)))
+    later = [
+        event("checkout.session.completed", checkout_session(customer="cus_2"), at=1),
+        event("customer.deleted", customer("cus_1", **NAMED), at=5),
+    ]
+    for one in later if checkout_first else reversed(later):
+        await deliver(client, one)
+        await announce_names(resources, datetime.now(UTC))
+    assert await names_told(resources) == {"cus_1": [], "cus_2": ["acme"]} == await names_held(resources)
+
+
 async def test_two_batches_that_do_not_see_each_other_take_one_name(resources: Resources) -> None:
     now = datetime.now(UTC)
     async with db.direct_transaction(resources.engine) as one, db.direct_transaction(resources.engine) as other:

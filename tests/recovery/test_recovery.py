@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import httpx
@@ -13,6 +14,7 @@ from tallystick.errors import Unavailable
 from tallystick.resources import Resources
 from tallystick.webhooks import inbox, reading, recovery
 from tallystick.webhooks.failures import FAILURES_BEFORE_QUARANTINE
+from tallystick.webhooks.reading import Reader
 from tallystick.webhooks.recovery import LISTED_FOR, LISTED_WITHIN, Run, read_recovery, recover
 from tallystick.webhooks.sync import sync_mirror
 from tallystick.webhooks.translate import HANDLED_TYPES
@@ -163,6 +165,37 @@ async def test_who_lost_the_lease_does_not_move_the_cursor(
     assert await read(resources, "SELECT leased_by, pass_cursor FROM event_recovery") == [
         {"leased_by": "another", "pass_cursor": "evt_of_another"}
     ]
+
+
+async def test_two_who_read_the_same_page_do_no_harm(
+    shop: Shop, resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await shop.sign_up("acme")
+    await shop.control("faults", kind="slow", method="GET", path="/v1/events", times=None, seconds="0.2")
+    lease = recovery._lease
+    monkeypatch.setattr(recovery, "_lease", lambda _: timedelta(0))
+    first = asyncio.create_task(recover(resources, now()))
+
+    async def has_begun() -> bool:
+        return bool(await read(resources, "SELECT 1 FROM event_recovery WHERE pass_started_at IS NOT NULL"))
+
+    await wait_until(has_begun)
+    monkeypatch.setattr(recovery, "_lease", lease)
+    second = await recover(resources, now())
+
+    assert (second.done, (await first).busy) == (True, True)
+    handled = [event["id"] for event in await shop.events() if event["type"] in recovery.listed_types()]
+    recorded = [row["id"] for row in await read(resources, "SELECT id FROM stripe_events")]
+    assert sorted(recorded) == sorted(handled)
+    await refresh_all(resources)
+    assert await differing(resources) == []
+    assert await read(resources, "SELECT leased_by FROM event_recovery") == [{"leased_by": None}]
+
+
+async def test_a_lease_outlasts_a_page_that_is_tried_to_the_end(resources: Resources) -> None:
+    slow = resources.settings.model_copy(update={"stripe_timeout_seconds": 80})
+    reader = Reader(replace(resources, settings=slow))
+    assert recovery._lease(reader) > reading.TRIES * timedelta(seconds=80) + timedelta(seconds=30)
 
 
 async def test_late_webhooks_of_recovered_events_are_duplicates(

@@ -1,24 +1,16 @@
-"""A process may die between any two steps: each flow is run once for each step, dies after it, and is run again.
+"""Usage, its deliveries, corrections and thresholds, when a process dies between any two steps (tests/dying.py)."""
 
-A step is a commit, a call to Stripe that was answered, or a command that Redis has carried out. Whatever is done after
-the last step before a death is as if it had not been done. In the end everything must be as if nobody had died.
-"""
-
-import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
 import pytest
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from tallystick import db
 from tallystick.resources import Resources
 from tallystick.rules import Rules
-from tallystick.stripe_gateway import Connections
 from tallystick.usage.buffer import claim_and_append
 from tallystick.usage.cancellations import cancel_events
 from tallystick.usage.corrections import Wanted, record_correction
@@ -29,12 +21,11 @@ from tallystick.usage.sealing import answer_seal_requests, seal_everything
 from tallystick.usage.sealing_requests import request_seals
 from tallystick.usage.thresholds import announce_thresholds
 from tests.conftest import FakeStripe, empty_stores
+from tests.dying import die_everywhere
 from tests.usage.making import METER, conservation, last_hour, make_customer, make_event, read_all
 
 COUNT = "jobs"
 RULES = Rules.model_validate({"meters": {METER: {"thresholds": ["2", "5"]}}})
-# After a death: when every lease of the dead one has ended.
-LATER = timedelta(hours=1)
 
 END = {
     "ledger": "SELECT id, meter, value FROM usage_events ORDER BY id",
@@ -44,59 +35,6 @@ END = {
     "told": "SELECT type, data FROM notifications ORDER BY type, data ->> 'threshold'",
     "requests": "SELECT customer FROM seal_requests",
 }
-
-
-class Died(BaseException):
-    """Nothing in the code may catch it, as nothing can catch a power failure."""
-
-
-@dataclasses.dataclass
-class Life:
-    """Counts steps, and ends after the one with the number `until`."""
-
-    until: int | None
-    steps: list[str] = dataclasses.field(default_factory=list)
-
-    def go_on(self) -> None:
-        if self.until is not None and len(self.steps) >= self.until:
-            raise Died
-
-    def step(self, name: str) -> None:
-        self.steps.append(name)
-        self.go_on()
-
-
-@asynccontextmanager
-async def living(life: Life, resources: Resources) -> AsyncIterator[None]:
-    """Within it, each step counts; whoever still runs when the life has ended takes none."""
-    begin, call = db.transaction, Connections.request_async
-    command: Any = resources.redis.execute_command
-
-    @asynccontextmanager
-    async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-        life.go_on()
-        async with begin(engine) as connection:
-            yield connection
-        life.step("commit")
-
-    async def request_async(self: Any, method: str, url: str, *rest: Any, **more: Any) -> Any:
-        life.go_on()
-        answer = await call(self, method, url, *rest, **more)
-        life.step(f"{method} {url.rpartition('/')[2]}")
-        return answer
-
-    async def execute_command(*words: Any, **options: Any) -> Any:
-        life.go_on()
-        answer = await command(*words, **options)
-        life.step(str(words[0]))
-        return answer
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(db, "transaction", transaction)
-        patch.setattr(Connections, "request_async", request_async)
-        patch.setattr(resources.redis, "execute_command", execute_command)
-        yield
-
 
 Flow = Callable[[Resources, datetime], Awaitable[None]]
 
@@ -148,6 +86,14 @@ async def make_sent_usage(resources: Resources, fake: FakeStripe) -> None:
     await send_usage(resources, datetime.now(UTC))
 
 
+async def make_sealed_usage(resources: Resources, fake: FakeStripe) -> None:
+    """Usage that reached a threshold, and was sealed since anybody looked: only what the seal noted tells of it."""
+    await make_usage(resources, fake)
+    await announce_thresholds(resources, datetime.now(UTC))
+    await drain(resources, datetime.now(UTC), reclaim_after=timedelta(0))
+    await seal_everything(resources, datetime.now(UTC))
+
+
 async def read_end(resources: Resources, fake: FakeStripe) -> dict[str, Any]:
     taken = (await fake.control.get("/_fake/meter_events")).json()["meter_events"]
     await conservation(resources)
@@ -164,22 +110,24 @@ async def test_whoever_dies_wherever_each_effect_comes_once(
     settings = resources.settings.model_copy(update={"stripe_calls_per_second": 10_000})
     resources = dataclasses.replace(resources, settings=settings)
     resources.rules.rules = RULES
-    whole = Life(until=None)
-    await prepare(resources, fake_stripe)
-    async with living(whole, resources):
-        await flow(resources, datetime.now(UTC))
-    await flow(resources, datetime.now(UTC) + LATER)
-    end = await read_end(resources, fake_stripe)
+    steps, end = await die_everywhere(
+        resources,
+        lambda: prepare(resources, fake_stripe),
+        lambda now: flow(resources, now),
+        lambda: read_end(resources, fake_stripe),
+    )
     assert end["stripe"]
-    assert {"commit", "post meter_events"} <= set(whole.steps)
+    assert {"commit", "post meter_events"} <= set(steps)
 
-    for number, name in enumerate(whole.steps, 1):
-        await prepare(resources, fake_stripe)
-        others = asyncio.all_tasks()
-        async with living(Life(until=number), resources):
-            with pytest.raises(Died):
-                await flow(resources, datetime.now(UTC))
-            # Its tasks die with it.
-            await asyncio.gather(*(asyncio.all_tasks() - others), return_exceptions=True)
-        await flow(resources, datetime.now(UTC) + LATER)
-        assert await read_end(resources, fake_stripe) == end, f"died after step {number}: {name}"
+
+async def test_whoever_dies_with_what_was_to_be_looked_at_leaves_it_to_the_next(
+    resources: Resources, fake_stripe: FakeStripe
+) -> None:
+    resources.rules.rules = RULES
+    _, end = await die_everywhere(
+        resources,
+        lambda: make_sealed_usage(resources, fake_stripe),
+        lambda now: announce_thresholds(resources, now),
+        lambda: read_end(resources, fake_stripe),
+    )
+    assert {type_ for type_, _ in end["told"]} == {"usage.threshold_reached"}

@@ -10,12 +10,13 @@ from sqlalchemy import text
 from structlog.testing import capture_logs
 
 from tallystick import db
-from tallystick.errors import StorageFailed
+from tallystick.errors import Problem, StorageFailed
 from tallystick.metrics import REGISTRY
 from tallystick.resources import Resources
 from tallystick.webhooks import inbox
 from tallystick.webhooks.failures import FAILURES_BEFORE_QUARANTINE
 from tallystick.webhooks.inbox import Inbox
+from tests.dying import Life, living
 from tests.waiting import wait_until
 from tests.webhooks.stripe_events import (
     NOON,
@@ -451,6 +452,46 @@ async def test_the_quarantine_of_an_event_is_not_in_the_way_of_another_process_t
 
     assert (await last).status_code == 500
     assert await read(resources, "SELECT verdict FROM stripe_events") == [{"verdict": "applied"}]
+
+
+async def test_who_dies_before_an_event_is_set_aside_leaves_that_to_the_next_failure(
+    resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(inbox, "record_events", fail)
+    monkeypatch.setattr(inbox, "ANSWER_WITHIN_SECONDS", 0.5)
+    sent = verified(resources, event("customer.created", customer()))
+
+    async def receive() -> str:
+        """As a process does that has just started: the verdict, or the problem's type."""
+        process = Inbox(resources)
+        await process.start()
+        try:
+            return await process.submit(sent)
+        except Problem as problem:
+            return problem.type
+        finally:
+            await process.stop()
+
+    for _ in range(FAILURES_BEFORE_QUARANTINE - 1):
+        assert await receive() == Problem.type
+        await let_an_hour_pass(resources)
+    life = Life(until=1)
+    async with living(life, resources):
+        assert await receive() == StorageFailed.type  # nobody is there to answer any more
+    assert life.steps == ["commit"]
+    rows = "SELECT failures FROM stripe_event_failures"
+    assert await read(resources, rows) == [{"failures": FAILURES_BEFORE_QUARANTINE}]
+    assert await read(resources, "SELECT id FROM stripe_events") == []
+
+    await let_an_hour_pass(resources)
+    assert await receive() == "quarantined"
+    assert await read(resources, "SELECT verdict, error FROM stripe_events") == [
+        {"verdict": "quarantined", "error": "ZeroDivisionError"}
+    ]
+    assert await read(resources, rows) == []
 
 
 async def test_a_stopped_inbox_refuses_events(app: FastAPI, client: httpx.AsyncClient) -> None:

@@ -11,6 +11,8 @@ from sqlalchemy import text
 
 from tallystick import db
 from tallystick.access import state
+from tallystick.access.links import FIND_CANDIDATES
+from tallystick.access.names import FIND_CONCERNED
 from tallystick.access.policy import Decision, Invoice, Subscription, decide_access
 from tallystick.mirror.statements import TABLES, write_statement
 from tallystick.resources import Resources
@@ -142,6 +144,9 @@ async def test_who_has_a_name_is_found_without_looking_at_all_that_share_it(
         await direct.execute(text(f"SET LOCAL plan_cache_mode = {mode}"), {})
         before = await count_read(direct)
         await record_events(direct, events, "tallystick_ref", AccessRules(), datetime.now(UTC))
+        for ref in ("campaign", "shop"):
+            assert await direct.execute(FIND_CANDIDATES, {"ref": ref})
+        assert await direct.execute(FIND_CONCERNED, {"refs": ["campaign", "shop"]})
         after = await count_read(direct)
     assert {table: rows for table, rows in after.items() if rows - before.get(table, 0) >= OTHERS // 2} == {}
 

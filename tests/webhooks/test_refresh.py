@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import httpx
@@ -13,6 +14,7 @@ from tallystick import db
 from tallystick.config import Settings
 from tallystick.resources import Resources
 from tallystick.rules import AccessRules
+from tallystick.webhooks import refresh
 from tallystick.webhooks.inbox import record_events
 from tallystick.webhooks.refresh import CLAIM_FOR, ROWS_PER_RUN, refresh_mirror
 from tests.conftest import FakeStripe, open_client
@@ -321,6 +323,47 @@ async def test_two_workers_do_not_fetch_the_same_rows(
 
     assert sum(refreshed) == 6
     assert len(state.asked) == 6
+
+
+async def test_a_row_that_waited_long_for_its_turn_is_left_to_whoever_claims_it_next(
+    client: httpx.AsyncClient, mirror: Resources, stripe: tuple[Stripe, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refresh, "FETCHES_AT_ONCE", 1)
+    monkeypatch.setattr(refresh, "BEGIN_WITHIN", timedelta(milliseconds=50))
+    state, _ = stripe
+    held = asyncio.Event()
+    for number in (1, 2):
+        state.objects[f"customers/cus_{number}"] = customer(f"cus_{number}")
+        state.gates[f"customers/cus_{number}"] = held
+        await client.put(f"/v1/customers/name_{number}", json={"customer": f"cus_{number}"})
+
+    slow = asyncio.create_task(refresh_mirror(mirror, NOW))
+    await state.arrived.wait()
+    [first] = state.asked
+    await asyncio.sleep(0.1)
+    state.gates = {}
+    monkeypatch.undo()
+    # Another worker finds both claims run out.
+    assert await refresh_mirror(mirror, NOW + CLAIM_FOR) == 2
+    held.set()
+
+    assert await slow == 0
+    assert sorted(state.asked) == sorted([first, "customers/cus_1", "customers/cus_2"])
+
+
+async def test_a_claim_outlasts_the_wait_for_a_turn_and_the_call(
+    client: httpx.AsyncClient, mirror: Resources, stripe: tuple[Stripe, str]
+) -> None:
+    state, _ = stripe
+    state.objects = {"customers/cus_1": 500}
+    await client.put("/v1/customers/acme", json={"customer": "cus_1"})
+    slow = timedelta(seconds=80)
+    settings = mirror.settings.model_copy(update={"stripe_timeout_seconds": slow.seconds})
+
+    await refresh_mirror(replace(mirror, settings=settings), NOW)
+
+    [row] = await read(mirror, "SELECT refresh_after FROM customers")
+    assert row["refresh_after"] >= NOW + refresh.BEGIN_WITHIN + slow
 
 
 async def test_a_kind_that_stripe_refuses_does_not_keep_the_others_waiting(

@@ -8,6 +8,7 @@ from sqlalchemy import TextClause, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tallystick import db
+from tallystick.access.names import MAY_MEAN
 from tallystick.access.routes import FIND_CUSTOMER, UNKNOWN_CUSTOMER, Reference
 from tallystick.access.state import recompute_access
 from tallystick.access.timeline import Line, write_timeline
@@ -38,17 +39,7 @@ UNLINK = text("""
     INSERT INTO changed_refs (ref) SELECT ref FROM written
 """)
 
-# Whom the reference means now, and whom it would mean without its link: of each kind of name only the first can be it.
-FIND_CANDIDATES = text("""
-    SELECT customer FROM customer_links WHERE ref = :ref
-    UNION
-    (SELECT id FROM customers WHERE ref = :ref AND NOT deleted AND account = ''
-      ORDER BY mark_created DESC, id DESC LIMIT 1)
-    UNION
-    (SELECT s.customer FROM checkout_sessions s JOIN customers c ON c.id = s.customer
-      WHERE s.client_reference_id = :ref AND NOT s.deleted AND s.account = '' AND NOT c.deleted AND c.account = ''
-      ORDER BY s.mark_created DESC, s.id DESC LIMIT 1)
-""")
+FIND_CANDIDATES = text(MAY_MEAN.format(ref=":ref"))
 
 
 class LinkRequest(BaseModel):
@@ -67,7 +58,7 @@ class CustomerLink(BaseModel):
 
 
 class Unlinked(BaseModel):
-    """A reference without a link, and the Stripe customer whose metadata has it all the same."""
+    """A reference without a link, and the Stripe customer that it means all the same, by what Stripe has."""
 
     ref: str
     customer: str | None
@@ -88,10 +79,10 @@ async def get_customer(request: Request, ref: Reference) -> CustomerLink:
 async def link_customer(request: Request, ref: Reference, body: LinkRequest) -> CustomerLink:
     """Let a reference mean this Stripe customer from now on, whatever it meant before. Safe to repeat.
 
-    It wins over a reference in a customer's metadata. A customer that was never heard of is fetched from Stripe soon.
-    Usage under the reference that was not sealed yet goes to this customer, too. 422 when the reference looks like a
-    Stripe id, since such a name means itself only, or when the customer is a connected account's. Needs the scope
-    `customers:write`.
+    It wins over a reference in a customer's metadata or a checkout. A customer that was never heard of is fetched from
+    Stripe soon. Usage under the reference that was not sealed yet goes to this customer, too. 422 when the reference
+    looks like a Stripe id, since such a name means itself only, or when the customer is a connected account's. Needs
+    the scope `customers:write`.
     """
     _check(ref)
     refuse_card_number(ref, "ref")
@@ -104,8 +95,8 @@ async def link_customer(request: Request, ref: Reference, body: LinkRequest) -> 
 async def unlink_customer(request: Request, ref: Reference) -> Unlinked:
     """Take the link of a reference away. Safe to repeat.
 
-    Then the reference means the customer whose metadata at Stripe has it, or nobody: `customer` says whom. 422 when
-    the reference looks like a Stripe id. Needs the scope `customers:write`.
+    Then the reference means the customer whose metadata or checkout at Stripe has it, or nobody: `customer` says whom.
+    422 when the reference looks like a Stripe id. Needs the scope `customers:write`.
     """
     _check(ref)
     resources: Resources = request.app.state.resources

@@ -27,42 +27,47 @@ READ_NOTED = text("SELECT number, ref FROM changed_refs ORDER BY number LIMIT :l
 
 FORGET_NOTED = text("DELETE FROM changed_refs WHERE number = ANY(:numbers)")
 
-# Of all who carry a name, those that may have it now and those that were told they have it. Where nobody has it, every
-# deleted one keeps it. A campaign's code can be the name of very many customers, so only these few are looked at.
+# Whom the name {ref} means, or would mean without its link: of each kind of name only the first can be it. It is the
+# first row of an index, however many share the name. (The other side of this, which names a customer has, is the view
+# `customer_names`; tests/access/test_names.py compares them.)
+MAY_MEAN = """
+    SELECT customer FROM customer_links WHERE ref = {ref}
+    UNION ALL
+    (SELECT id FROM customers WHERE ref = {ref} AND NOT deleted AND account = ''
+      ORDER BY mark_created DESC, id DESC LIMIT 1)
+    UNION ALL
+    (SELECT s.customer FROM checkout_sessions s JOIN customers c ON c.id = s.customer
+      WHERE s.client_reference_id = {ref} AND NOT s.deleted AND s.account = '' AND NOT c.deleted AND c.account = ''
+      ORDER BY s.mark_created DESC, s.id DESC LIMIT 1)
+"""
+
+# Those that may have a name now, and those that were told they have it. Where nobody has it, every deleted one that
+# carries it keeps it. A campaign's code can be the name of very many customers, so only these few are looked at.
 # (OFFSET 0 and LIMIT: looked up name by name, whatever statistics say.)
-FIND_CONCERNED = text("""
+FIND_CONCERNED = text(f"""
     WITH noted AS (
         SELECT DISTINCT ref FROM unnest(CAST(:refs AS text[])) AS n(ref)
     ), meaning AS (
-        SELECT n.ref, m.customer
-          FROM noted n
-         CROSS JOIN LATERAL (
-            SELECT l.customer FROM customer_links l WHERE l.ref = n.ref
-            UNION ALL
-            (SELECT c.id FROM customers c WHERE c.ref = n.ref AND NOT c.deleted AND c.account = ''
-              ORDER BY c.mark_created DESC, c.id DESC LIMIT 1)
-            UNION ALL
-            (SELECT s.customer FROM checkout_sessions s JOIN customers c ON c.id = s.customer
-              WHERE s.client_reference_id = n.ref AND NOT s.deleted AND s.account = ''
-                AND NOT c.deleted AND c.account = ''
-              ORDER BY s.mark_created DESC, s.id DESC LIMIT 1)) m
-    ), carrying AS (
-        SELECT n.ref, k.customer
-          FROM noted n
-         CROSS JOIN LATERAL (
-            SELECT c.id AS customer FROM customers c WHERE c.ref = n.ref AND c.account = ''
-            UNION ALL
-            SELECT s.customer FROM checkout_sessions s
-             WHERE s.client_reference_id = n.ref AND NOT s.deleted AND s.account = '') k
+        SELECT n.ref, m.customer FROM noted n CROSS JOIN LATERAL ({MAY_MEAN.format(ref="n.ref")}) m
+    ), nobodys AS MATERIALIZED (
+        SELECT ref FROM noted EXCEPT SELECT ref FROM meaning
     )
     SELECT customer FROM meaning
     UNION
+    SELECT a.customer
+      FROM noted n
+     CROSS JOIN LATERAL (
+        SELECT customer FROM customer_access
+         WHERE announced_refs @> ARRAY[n.ref] AND announced_refs <> '{{}}' OFFSET 0) a
+    UNION
     SELECT k.customer
-      FROM carrying k
-     CROSS JOIN LATERAL (SELECT announced_refs FROM customer_access a WHERE a.customer = k.customer OFFSET 0) a
-     WHERE k.ref = ANY(a.announced_refs) OR NOT EXISTS (SELECT FROM meaning m WHERE m.ref = k.ref)
+      FROM nobodys n
+     CROSS JOIN LATERAL (
+        SELECT id AS customer FROM customers WHERE ref = n.ref AND account = ''
+        UNION ALL
+        SELECT customer FROM checkout_sessions WHERE client_reference_id = n.ref AND NOT deleted AND account = '') k
      ORDER BY customer
-""")
+""")  # noqa: S608  a constant
 
 
 async def announce_names(resources: Resources, now: datetime) -> int:

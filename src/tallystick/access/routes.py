@@ -18,7 +18,7 @@ from tallystick.access.timeline import READ_LINES, Cause, What
 from tallystick.auth import authenticate, bearer, require_scope
 from tallystick.errors import InvalidRequest, UnknownCustomer
 from tallystick.resources import Resources
-from tallystick.rules import Access
+from tallystick.rules import PLAIN_TEXT, Access
 
 router = APIRouter(dependencies=[bearer], tags=["customers"])
 
@@ -26,9 +26,7 @@ MAX_CUSTOMERS = 100
 MAX_LINES = 100
 LATEST = 2**63 - 1
 
-# No control characters: PostgreSQL refuses NUL, and nobody means the others.
-CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-PLAIN_TEXT = r"^[^\x00-\x1f\x7f]+$"
+IS_PLAIN_TEXT = re.compile(PLAIN_TEXT).fullmatch
 MAX_REFERENCE = 100
 Reference = Annotated[
     str,
@@ -181,7 +179,7 @@ async def get_access(request: Request) -> Response:
     """
     await authenticate(request, "access:read")
     ref: str = request.path_params["ref"]
-    if len(ref) > MAX_REFERENCE or CONTROL.search(ref):
+    if len(ref) > MAX_REFERENCE or not IS_PLAIN_TEXT(ref):
         raise InvalidRequest(
             f"It must have 1 to {MAX_REFERENCE} characters, none of them a control character.", field="ref"
         )

@@ -2,6 +2,8 @@
 
 Each customer's row says when it must be decided again and by which rules it was decided, so both loops find what is due
 by an index, start from what is committed, and need no memory of their own. Several workers only decide the same twice.
+Those that have read other rules, as while a changed file reaches one machine after the other, would undo each other's
+decisions for as long as that lasts, and tell the product of each: so only the rules that were read last are followed.
 
 A customer on whom our own handling fails keeps its access, and no other waits for it: it is logged, passed over,
 and tried again with the next run.
@@ -9,7 +11,7 @@ and tried again with the next run.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import structlog
 from sqlalchemy import TextClause, text
@@ -27,6 +29,19 @@ log = structlog.get_logger()
 # Their webhooks wait while a batch is decided, so a batch is over in some tens of milliseconds.
 CUSTOMERS_PER_TRANSACTION = 200
 BATCHES_PER_RUN = 50
+
+# Some runs, with the pauses after failures: then whoever held the rules is gone.
+RULES_HELD_FOR = timedelta(minutes=1)
+
+HOLD_RULES = text("""
+    INSERT INTO access_rules AS h (rules, read_at, held_until) VALUES (:rules, :read_at, :held_until)
+    ON CONFLICT (only_row) DO UPDATE SET
+        rules = excluded.rules, held_until = excluded.held_until,
+        read_at = CASE WHEN h.rules = excluded.rules THEN greatest(h.read_at, excluded.read_at)
+                       ELSE excluded.read_at END
+     WHERE h.rules = excluded.rules OR h.read_at < excluded.read_at OR h.held_until <= :now
+    RETURNING true
+""")
 
 FIND_ENDED = text("""
     SELECT customer FROM customer_access WHERE decide_again_at <= :now AND NOT customer = ANY(:passed)
@@ -58,6 +73,10 @@ class TooManyFailures(Exception):
     """So many customers in one run could not be decided that it is no customer's fault."""
 
 
+class OtherRulesHold(Exception):
+    """Another worker has read other rules, later than we ours, and follows them."""
+
+
 async def expire_grace(resources: Resources, now: datetime) -> int:
     """Decide anew for the customers whose grace has run out; how many."""
     return await _decide_due(resources, FIND_ENDED, {"now": now}, now, "grace")
@@ -67,9 +86,13 @@ async def follow_rules(resources: Resources, now: datetime) -> int:
     """Decide anew for the customers that other rules than the present ones decided; how many.
 
     After a change of the rules file, or a release with another policy, these are all. A process that reads the changed
-    file some seconds late leaves rows behind that the next run finds.
+    file some seconds late leaves rows behind that the next run finds. Raises `OtherRulesHold`.
     """
     rules = fingerprint(resources.rules.current(now).access)
+    held = {"rules": rules, "read_at": resources.rules.read_at, "held_until": now + RULES_HELD_FOR, "now": now}
+    async with db.transaction(resources.engine) as connection:
+        if not await connection.scalar(HOLD_RULES, held):
+            raise OtherRulesHold
     done = await _decide_due(resources, FIND_DECIDED_OTHERWISE, {"rules": rules}, now, "rules")
     if done:
         log.info("access_rules_followed", rules=rules, customers=done)

@@ -24,11 +24,12 @@ from tallystick.limits import Limiter
 from tallystick.portal.flows import FlowData
 from tallystick.redis_client import KEY_TAG, REDIS_ERRORS
 from tallystick.resources import Resources
+from tallystick.rules import PLAIN_TEXT
 from tallystick.stripe_gateway import STRIPE_ERRORS, is_missing, refused_parameter, to_problem
 
 router = APIRouter(dependencies=[bearer])
 
-Reference = Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Reference = Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=PLAIN_TEXT)]
 # Stripe's parameters that are the caller's own choice: one that Stripe does not take is the caller's to mend.
 CHOSEN = ("return_url", "configuration", "locale", "flow_data")
 # A person who clicks twice means one session; a program that asks more often has lost its way.

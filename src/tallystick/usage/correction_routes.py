@@ -14,6 +14,7 @@ from tallystick.card_numbers import refuse_card_number
 from tallystick.errors import Forbidden, InvalidRequest, NotFound, Unavailable
 from tallystick.redis_client import REDIS_ERRORS
 from tallystick.resources import Resources
+from tallystick.rules import PLAIN_TEXT
 from tallystick.usage.corrections import Action, Method, State, Wanted, Why, record_correction
 from tallystick.usage.drain import drain
 from tallystick.usage.events import BadEvent, plain, read_value
@@ -23,9 +24,6 @@ from tallystick.usage.trace import waits_in_buffer
 router = APIRouter(dependencies=[bearer], tags=["usage"])
 
 MAX_LISTED = 500
-
-# No control characters: PostgreSQL refuses NUL, and no event has them.
-PLAIN_TEXT = r"^[^\x00-\x1f\x7f]+$"
 
 # The last one that was shown is where the next page begins.
 LIST_CORRECTIONS = text("""

@@ -11,6 +11,7 @@ from tallystick.auth import ApiKey, bearer, require_scope
 from tallystick.card_numbers import refuse_card_number
 from tallystick.errors import NotFound, Problem
 from tallystick.resources import Resources
+from tallystick.rules import PLAIN_TEXT
 from tallystick.usage.parked import ALTERNATIVES, Decision, list_parked, resend, void
 from tallystick.usage.parking import explain_reason
 from tallystick.usage.query import find_refs
@@ -19,8 +20,6 @@ router = APIRouter(dependencies=[bearer], tags=["usage"])
 
 MAX_LISTED = 500
 
-# No control characters: PostgreSQL refuses NUL, and no event has them.
-PLAIN_TEXT = r"^[^\x00-\x1f\x7f]+$"
 Text = Annotated[str | None, Query(min_length=1, max_length=100, pattern=PLAIN_TEXT)]
 Identifier = Annotated[str, Path(min_length=1, max_length=100, pattern=PLAIN_TEXT, description="Of the delivery.")]
 

@@ -16,16 +16,13 @@ from tallystick import db
 from tallystick.auth import bearer, require_scope
 from tallystick.errors import NotFound
 from tallystick.resources import Resources
-from tallystick.rules import MeterRules
+from tallystick.rules import PLAIN_TEXT, MeterRules
 from tallystick.usage.aggregations import Aggregation
 from tallystick.usage.events import plain
 from tallystick.usage.periods import UsageMoment, find_periods
 from tallystick.usage.query import find_refs
 
 router = APIRouter(dependencies=[bearer], tags=["customers"])
-
-# No control characters: PostgreSQL refuses NUL, and no event has them.
-PLAIN_TEXT = r"^[^\x00-\x1f\x7f]+$"
 
 # What the customer used of each meter from `start` to `end`, over all of its references. If the meter's aggregation was
 # changed within the period, what is counted now is what the newest total counts. Lateral, so that each span is read by

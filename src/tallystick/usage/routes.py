@@ -11,6 +11,7 @@ from tallystick.auth import ApiKey, bearer, require_scope
 from tallystick.errors import Forbidden, InvalidRequest, NotFound, Unavailable
 from tallystick.redis_client import REDIS_ERRORS
 from tallystick.resources import Resources
+from tallystick.rules import PLAIN_TEXT
 from tallystick.usage.aggregations import Aggregation
 from tallystick.usage.board import list_open_periods
 from tallystick.usage.buckets import floor_hour
@@ -29,8 +30,6 @@ MAX_SPAN_OF_OTHERS = timedelta(days=3660)
 # A slice of a few customers is counted in milliseconds; who asks for all of them should use the command.
 SLICE_PATIENCE = timedelta(seconds=20)
 
-# No control characters: PostgreSQL refuses NUL, and no event has them.
-PLAIN_TEXT = r"^[^\x00-\x1f\x7f]+$"
 Customer = Annotated[
     str, Query(min_length=1, max_length=100, pattern=PLAIN_TEXT, description="A reference or a `cus_…` id.")
 ]

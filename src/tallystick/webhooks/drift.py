@@ -21,7 +21,7 @@ from sqlalchemy import text
 from tallystick import db
 from tallystick.access.state import recompute_access
 from tallystick.access.timeline import lines_of, write_timeline
-from tallystick.mirror.apply import entomb, lock_customers, overwrite
+from tallystick.mirror.apply import accounts_of, entomb, lock_customers, overwrite
 from tallystick.mirror.changes import AnyChange, Entitlement, EntitlementsChange, Item, SubscriptionChange
 from tallystick.mirror.statements import TABLES
 from tallystick.resources import Resources
@@ -31,7 +31,6 @@ from tallystick.webhooks.sync import (
     RECENT_INVOICES,
     apply_listed,
     complete,
-    customers_of,
     fetch,
     lists_to_read,
     read_known_until,
@@ -310,7 +309,7 @@ async def _repair(reader: Reader, kind: str, id_: str, known_until: datetime, no
     resources = reader.resources
     row, payload = await _look(reader, kind, id_)
     change = _change(resources, kind, payload)
-    customers = customers_of([change]) if change is not None else []
+    customers = list(accounts_of([change])) if change is not None else []
     # Whose it was, if that differs or Stripe has nothing left to say.
     owner = id_ if KINDS[kind].customer == "id" else row.fields.get("customer") if row is not None else None
     if isinstance(owner, str):

@@ -7,7 +7,7 @@ here wants the plain JSON.
 import random
 from asyncio import sleep
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from time import monotonic
 from typing import Any
 
@@ -35,6 +35,12 @@ class Reader:
     def __post_init__(self) -> None:
         self.per_second = min(CALLS_PER_SECOND, self.resources.settings.stripe_calls_per_second)
         self.allowed, self.counted_at = self.per_second, monotonic()
+
+    @property
+    def longest_call(self) -> timedelta:
+        """How long `get` may take, when Stripe lets each try wait for its answer until the end."""
+        pauses = sum(FIRST_PAUSE_SECONDS * 2**number for number in range(TRIES - 1))
+        return timedelta(seconds=TRIES * self.resources.settings.stripe_timeout_seconds + pauses)
 
     async def get(self, path: str, **params: object) -> dict[str, Any]:
         """`GET path`, tried again while waiting may help (429, 5xx, no connection). Raises Stripe's error else."""

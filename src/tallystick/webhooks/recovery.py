@@ -43,8 +43,8 @@ log = structlog.get_logger()
 LISTED_WITHIN = timedelta(minutes=5)
 # One hour less than Stripe's, because a pass takes its time.
 LISTED_FOR = EVENTS_LISTED_FOR - timedelta(hours=1)
-# Longer than a page can take, tries included, so that only the dead lose their lease.
-LEASE = timedelta(minutes=3)
+# Beside what reading a page from Stripe may take: until its events are stored, or it is given up.
+STORED_WITHIN = timedelta(seconds=30)
 # After that the newest events are worth more than the calls that are saved.
 RESUMED_WITHIN = timedelta(hours=1)
 # A worker that is told to stop ends its run first.
@@ -179,6 +179,16 @@ async def recover(
             await connection.execute(RELEASE, {"holder": holder})
 
 
+def _lease(reader: Reader) -> timedelta:
+    """Longer than a page's call to Stripe can take, tries included, so that only the dead lose their lease.
+
+    Some pages need two calls: the first of a pass, and one whose cursor is gone. When both of them take that long,
+    another process reads the page as well. That does no harm: each event is recorded once, and the cursor is moved by
+    the holder of the lease alone.
+    """
+    return reader.longest_call + STORED_WITHIN
+
+
 def listed_types() -> list[str]:
     """The handled types that Stripe's list has. Thin events (`v1.…`) are in no list."""
     return [type_ for type_ in HANDLED_TYPES if not type_.startswith(("v1.", "v2."))]
@@ -187,7 +197,7 @@ def listed_types() -> list[str]:
 async def _resume_or_begin(reader: Reader, holder: str, now: datetime) -> Pass | None:
     """Take the lease, and the pass that was interrupted lately or a new one; None when another process is at it."""
     async with db.transaction(reader.resources.engine) as connection:
-        row = (await connection.execute(CLAIM, {"holder": holder, "lease": LEASE})).one_or_none()
+        row = (await connection.execute(CLAIM, {"holder": holder, "lease": _lease(reader)})).one_or_none()
     if row is None:
         return None
     types = hashlib.sha256(" ".join(listed_types()).encode()).hexdigest()
@@ -241,7 +251,7 @@ async def _read_lists(
         )
         reached = instant(events[-1]["created"]) if cursor is not None else None
         # Died before this: the page is looked at again, and what it brought is known by then.
-        if not await _save(reader.resources, under_way, holder):
+        if not await _save(reader, under_way, holder):
             return replace(run, busy=True)  # we were taken for dead; another goes on
         run = replace(
             run,
@@ -304,15 +314,15 @@ def to_event(listed: Mapping[str, Any]) -> StripeEvent:
     )
 
 
-async def _save(resources: Resources, under_way: Pass, holder: str) -> bool:
-    async with db.transaction(resources.engine) as connection:
+async def _save(reader: Reader, under_way: Pass, holder: str) -> bool:
+    async with db.transaction(reader.resources.engine) as connection:
         saved = await connection.execute(
             SAVE,
             {
                 "group": under_way.group,
                 "cursor": under_way.cursor,
                 "failed": under_way.failed,
-                "lease": LEASE,
+                "lease": _lease(reader),
                 "holder": holder,
             },
         )

@@ -12,9 +12,11 @@ Died between 1 and 3, or Stripe failed: the claim runs out and the row is tried 
 """
 
 import asyncio
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from time import monotonic
 from typing import Any
 from urllib.parse import quote
 
@@ -24,6 +26,7 @@ from sqlalchemy import text
 from tallystick import db
 from tallystick.access.state import recompute_access
 from tallystick.access.timeline import lines_of, write_timeline
+from tallystick.config import Settings
 from tallystick.loops import all_ended
 from tallystick.mirror.apply import entomb, lock_customers, overwrite
 from tallystick.mirror.changes import (
@@ -49,8 +52,11 @@ log = structlog.get_logger()
 # A run every two seconds makes this 20 rows a second at most, a fifth of what Stripe allows an account.
 ROWS_PER_RUN = 40
 FETCHES_AT_ONCE = 5
-# Longer than a fetch can take, so that a claim holds until its fetch is over; also the pause after a failure.
+# The pause after a failure, and for how long other workers keep off, if a fetch cannot take longer (`_claim_for`).
 CLAIM_FOR = timedelta(minutes=1)
+# While Stripe is slow, most of a run's rows wait for their turn. Those that have waited for so long are left: their
+# claims would end before their fetches, and another worker would fetch them too.
+BEGIN_WITHIN = timedelta(seconds=30)
 
 SUMMARY_PATH = "/v1/entitlements/active_entitlements"
 
@@ -109,9 +115,13 @@ async def refresh_mirror(resources: Resources, now: datetime) -> int:
     """Fetch up to `ROWS_PER_RUN` objects that need it; how many rows were settled. One row's failure stops no other."""
     claims = await _claim(resources, now)
     gate = asyncio.Semaphore(FETCHES_AT_ONCE)
+    begin_until = monotonic() + BEGIN_WITHIN.total_seconds()
+    random.shuffle(claims)  # or those that are left would be the same ones each time
 
     async def refresh(claim: Claim) -> bool:
         async with gate:
+            if monotonic() > begin_until:
+                return False
             try:
                 return await _refresh(resources, claim, now)
             except Exception as error:  # noqa: BLE001  the row's edge: it is tried again when its claim has run out
@@ -124,19 +134,29 @@ async def refresh_mirror(resources: Resources, now: datetime) -> int:
 async def _claim(resources: Resources, now: datetime) -> list[Claim]:
     claims: list[Claim] = []
     kinds = list(CLAIM)
+    claimed_until = now + _claim_for(resources.settings)
     async with db.transaction(resources.engine) as connection:
         for share in (SHARE, ROWS_PER_RUN):
             more = []
             for kind in kinds:
                 limit = min(share, ROWS_PER_RUN - len(claims))
                 if limit > 0:
-                    values = {"now": now, "claimed_until": now + CLAIM_FOR, "limit": limit}
+                    values = {"now": now, "claimed_until": claimed_until, "limit": limit}
                     rows = (await connection.execute(CLAIM[kind], values)).all()
                     claims += [Claim(kind, *row) for row in rows]
                     if len(rows) == limit:
                         more.append(kind)
             kinds = more
     return claims
+
+
+def _claim_for(settings: Settings) -> timedelta:
+    """Longer than a row may wait for its turn, and the call to Stripe then take.
+
+    The few fetches that take several calls, each of them slow, may outlast it. Then another worker fetches the row too,
+    and of the two only the one with the row's latest version writes.
+    """
+    return max(CLAIM_FOR, BEGIN_WITHIN + timedelta(seconds=settings.stripe_timeout_seconds))
 
 
 async def _refresh(resources: Resources, claim: Claim, now: datetime) -> bool:

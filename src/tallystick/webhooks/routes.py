@@ -8,11 +8,13 @@ from pydantic import BaseModel, Field
 from sqlalchemy import Row, text
 
 from tallystick import db
-from tallystick.access.routes import PLAIN_TEXT, TimelineLine, read_line
+from tallystick.access.routes import TimelineLine, read_line
 from tallystick.access.timeline import READ_LINES_OF_EVENT
 from tallystick.auth import bearer, require_scope
 from tallystick.errors import UnknownEvent
 from tallystick.resources import Resources
+from tallystick.rules import PLAIN_TEXT
+from tallystick.webhooks.translate import HANDLED_TYPES
 
 router = APIRouter(dependencies=[bearer], tags=["events"])
 
@@ -94,6 +96,10 @@ def _explain(row: Row[Any]) -> str | None:
             return f"{row.object_id} was known in a newer state, by {row.superseded_by}."
         case "ignored" if row.object_id is None:
             return "It is about an object without an id."
+        case "ignored" if row.type == "checkout.session.completed":
+            return "The checkout has no usable client_reference_id, or no customer, so it links nothing."
+        case "ignored" if row.type in HANDLED_TYPES:
+            return f"Nothing of {row.object_id} is mirrored: it is of another kind or account."
         case "ignored":
             return f"Events of the type {row.type} change nothing that is mirrored."
         case "quarantined":

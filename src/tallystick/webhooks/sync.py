@@ -29,14 +29,6 @@ from tallystick import db
 from tallystick.access.state import recompute_access
 from tallystick.access.timeline import lines_of, write_timeline
 from tallystick.mirror.apply import accounts_of, apply_changes, lock_customers
-from tallystick.mirror.changes import (
-    AnyChange,
-    CheckoutSessionChange,
-    CustomerChange,
-    EntitlementsChange,
-    InvoiceChange,
-    SubscriptionChange,
-)
 from tallystick.mirror.marks import CREATED, FINAL, NEVER, UPDATED, Mark
 from tallystick.resources import Resources
 from tallystick.stripe_gateway import STRIPE_ERRORS, is_missing
@@ -277,7 +269,7 @@ async def apply_listed(
     # What was not known before has not changed: an empty mirror that is filled leaves no lines.
     await write_timeline(connection, [line for line in lines_of(applied) if line.old is not None], now)
     rules = resources.rules.current(now).access
-    await recompute_access(connection, dict.fromkeys(customers_of(changes)), rules, now)
+    await recompute_access(connection, dict.fromkeys(accounts_of(changes)), rules, now)
 
 
 def read_object(kind: str, payload: Mapping[str, Any], known_until: datetime | None, reference_key: str) -> Translation:
@@ -288,18 +280,6 @@ def read_object(kind: str, payload: Mapping[str, Any], known_until: datetime | N
     rank = FINAL if is_final(kind, payload) else CREATED if known_until is None else UPDATED
     mark = Mark(deleted=False, created=known_until or NEVER, rank=rank, event="")
     return translate_object(kind, payload, mark, reference_key)
-
-
-def customers_of(changes: Sequence[AnyChange]) -> list[str]:
-    """The customers whose access may follow from these changes."""
-    customers = set()
-    for change in changes:
-        match change:
-            case CustomerChange() | EntitlementsChange():
-                customers.add(change.id)
-            case SubscriptionChange() | InvoiceChange() | CheckoutSessionChange():
-                customers.add(change.customer)
-    return sorted(customers)
 
 
 async def _resume_or_begin(
