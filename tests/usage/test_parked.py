@@ -131,7 +131,9 @@ async def test_what_is_too_late_is_refused_with_the_alternatives_or_carried(
     assert await send_again(resources, second) == [Decision(second, "period_closed")]
     assert "invoice item" in ALTERNATIVES["period_closed"]
     await run(resources, "UPDATE usage_deliveries SET aggregation = 'max' WHERE value = 3")
+    await run(resources, "UPDATE meters SET formula = 'last'")
     assert await send_again(resources, third, carried=True) == [Decision(third, "cannot_be_carried")]
+    await run(resources, "UPDATE meters SET formula = 'sum'")
     now = datetime.now(UTC)
     assert await send_again(resources, second, carried=True) == [Decision(second, sent_as=second)]
     await deliver_all(resources, datetime.now(UTC))
