@@ -19,6 +19,7 @@ from rich.console import Console
 from tallystick.errors import SettingsError
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
     from rich.table import Table
 
     from tallystick.resources import Resources
@@ -79,6 +80,13 @@ def print_table(table: Table) -> None:
         out.print(table)
     else:
         Console(file=out.file, width=WHOLE, highlight=False, soft_wrap=True).print(table)
+
+
+def progress(*columns: ProgressColumn) -> Progress:
+    """A bar at a terminal, gone when the work is done; nothing elsewhere, where it would leave an empty line."""
+    from rich.progress import Progress
+
+    return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
 
 
 def run_async(work: Coroutine[Any, Any, T]) -> T:

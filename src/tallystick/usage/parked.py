@@ -190,9 +190,7 @@ async def void(
     return [Decision(row["identifier"], None if row["state"] == "parked" else "not_parked") for row in rows]
 
 
-def _refusal(
-    row: Mapping[Any, Any], misnamed: Collection[int], closed: Collection[int], now: datetime
-) -> str | None:
+def _refusal(row: Mapping[Any, Any], misnamed: Collection[int], closed: Collection[int], now: datetime) -> str | None:
     if row["state"] != "parked":
         return "not_parked"
     if row["reason"] in ("outcome_unknown", "no_second_left"):

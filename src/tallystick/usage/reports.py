@@ -10,10 +10,10 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tallystick.terminal import Json, err, fail, out, print_table, with_resources
+from tallystick.terminal import Json, err, fail, out, print_table, progress, with_resources
 
 if TYPE_CHECKING:
     from tallystick.resources import Resources
@@ -174,8 +174,8 @@ async def _ask_stripe(resources: "Resources", wanted: Mapping[str, Any]) -> tupl
         pairs = await find_pairs(connection, wanted)
     not_asked = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task("asking Stripe", total=len(pairs))
+    with progress(*columns) as bar:
+        task = bar.add_task("asking Stripe", total=len(pairs))
         for pair in pairs:
             try:
                 compared = await compare_now(resources, pair, datetime.now(UTC))
@@ -185,7 +185,7 @@ async def _ask_stripe(resources: "Resources", wanted: Mapping[str, Any]) -> tupl
                 problem = f"{answered}: {str(error).partition(chr(10))[0]}"
             if problem:
                 not_asked.append(f"{pair.customer} {pair.event_name}: {problem}")
-            progress.advance(task)
+            bar.advance(task)
     return len(pairs) - len(not_asked), not_asked
 
 
