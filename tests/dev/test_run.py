@@ -124,7 +124,7 @@ def test_what_is_used_of_your_own_is_said_without_passwords_or_commands_that_fai
         (["run"], {"TALLYSTICK_PORT": "99999"}, "TALLYSTICK_PORT is no port from 0 to 65535: 99999"),
         (["run"], {"TALLYSTICK_FAKE_STRIPE_PORT": "x"}, "TALLYSTICK_FAKE_STRIPE_PORT is no port from 0 to 65535: x"),
         (
-            ["fake-stripe", "--state", "a_file"],
+            ["fake-stripe", "--port", "0", "--state", "a_file"],
             {},
             "a_file cannot hold the fake Stripe's state: file is not a database",
         ),
