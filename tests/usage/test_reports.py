@@ -92,6 +92,18 @@ async def test_what_stripe_says_when_it_refuses_is_told(resources: Resources, fa
 
 
 @pytest.mark.usefixtures("environment")
+async def test_a_stripe_that_is_away_is_told_without_names_of_code(
+    resources: Resources, fake_stripe: FakeStripe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    customer = await make_deliveries(resources, fake_stripe, "5")
+    await deliver(resources)
+    monkeypatch.setenv("STRIPE_API_BASE", "http://127.0.0.1:1")
+    failed = await tallystick("reconcile", "--stripe")
+    away = "Stripe: connection refused; can it be reached from here?"
+    assert (failed.exit_code, failed.stderr) == (1, f"not compared: {customer} {METER}: {away}\n")
+
+
+@pytest.mark.usefixtures("environment")
 async def test_usage_of_nobody_is_an_error_and_that_of_a_new_customer_is_not(resources: Resources) -> None:
     await make_customer(resources)
     await make_meter(resources)

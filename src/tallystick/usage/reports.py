@@ -13,7 +13,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tallystick.terminal import Json, err, fail, out, print_table, progress, with_resources
+from tallystick.terminal import Json, err, explain_failure, fail, out, print_table, progress, with_resources
 
 if TYPE_CHECKING:
     from tallystick.resources import Resources
@@ -181,8 +181,10 @@ async def _ask_stripe(resources: "Resources", wanted: Mapping[str, Any]) -> tupl
                 compared = await compare_now(resources, pair, datetime.now(UTC))
                 problem = None if compared else "Stripe has no such meter"
             except STRIPE_ERRORS as error:
-                answered = f"Stripe answered {error.http_status}" if error.http_status else type(error).__name__
-                problem = f"{answered}: {str(error).partition(chr(10))[0]}"
+                if error.http_status:
+                    problem = f"Stripe answered {error.http_status}: {str(error).partition(chr(10))[0]}"
+                else:
+                    problem = explain_failure(error)
             if problem:
                 not_asked.append(f"{pair.customer} {pair.event_name}: {problem}")
             bar.advance(task)
