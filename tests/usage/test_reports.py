@@ -118,6 +118,9 @@ async def test_usage_of_nobody_is_an_error_and_that_of_a_new_customer_is_not(res
 async def test_a_time_that_is_none_is_named() -> None:
     refused = await tallystick("reconcile", "--from", "yesterday")
     assert (refused.exit_code, "--from is no time" in refused.stderr) == (1, True)
+    # Of a time without hours nothing is missing; it must not look as if everything were well.
+    refused = await tallystick("reconcile", "--from", "2026-02-01", "--to", "2026-01-01")
+    assert (refused.exit_code, refused.stdout, refused.stderr) == (1, "", "error: --to must lie after --from\n")
 
 
 @pytest.mark.usefixtures("environment")

@@ -81,6 +81,8 @@ def reconcile(
     or voided. Exit code 1 if a number is missing, or if Stripe's differs.
     """
     start, end = _read_time(from_, "--from"), _read_time(to, "--to")
+    if start is not None and end is not None and not start < end:
+        fail("--to must lie after --from")
 
     async def work(resources: "Resources") -> Report:
         from tallystick import db
