@@ -297,6 +297,7 @@ async def test_parked_usage_on_the_command_line(resources: Resources, fake_strip
     await deliver_all(resources, datetime.now(UTC))
     _, second, third = await identifiers(resources)
     assert second in (await parked("list", "--customer", "acme")).stdout
+    assert (await parked("list", "--reason", "period_close")).stdout == "Nothing of this is parked.\n"
     listed = json.loads((await parked("list", "--json")).stdout)
     assert [row["quantity"] for row in listed] == ["3", "2"]
     rows = (await parked("list")).stdout.splitlines()
