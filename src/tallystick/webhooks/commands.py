@@ -166,7 +166,7 @@ def _check(sample: int | None, *, all_invoices: bool, repair: bool, json_: bool)
 
     checked = with_resources(work)
     if json_:
-        out.print_json(json.dumps(checked.as_json(), default=str))
+        out.print_json(json.dumps(checked.as_json(), default=_for_programs))
     else:
         table = Table("kind", "id", "field", "here", "at Stripe", "", box=None, pad_edge=False)
         for drift in checked.drift:
@@ -222,6 +222,10 @@ def _counting(what: str, total: int | None) -> Iterator[Callable[[str, int], Non
             bar.update(tasks[name], completed=objects)
 
         yield count
+
+
+def _for_programs(value: object) -> str:
+    return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
 def _shown(value: object) -> str:
