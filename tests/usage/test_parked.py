@@ -132,7 +132,12 @@ async def test_what_is_too_late_is_refused_with_the_alternatives_or_carried(
     assert "invoice item" in ALTERNATIVES["period_closed"]
     await run(resources, "UPDATE usage_deliveries SET aggregation = 'max' WHERE value = 3")
     await run(resources, "UPDATE meters SET formula = 'last'")
-    assert await send_again(resources, third, carried=True) == [Decision(third, "cannot_be_carried")]
+    for carried in (False, True):
+        assert await send_again(resources, third, carried=carried) == [Decision(third, "cannot_be_carried")]
+    async with db.transaction(resources.engine) as connection:
+        told = await explain(connection, third, resources.rules.current(datetime.now(UTC)), datetime.now(UTC))
+    assert told is not None
+    assert (told["resend"], "carry" in told["remedy"]) == ("cannot_be_carried", False)
     await run(resources, "UPDATE meters SET formula = 'sum'")
     now = datetime.now(UTC)
     assert await send_again(resources, second, carried=True) == [Decision(second, sent_as=second)]

@@ -25,7 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tallystick.rules import Rules
 from tallystick.usage.events import plain
 from tallystick.usage.late import carry, find_closed, find_misnamed
-from tallystick.usage.parking import explain_reason
+from tallystick.usage.parking import SETTLE_OR, explain_reason
 from tallystick.usage.parts import OLDEST_TO_SEND
 
 _COLUMNS = """
@@ -87,9 +87,10 @@ ALTERNATIVES = {
     " invoice item at Stripe, or void it.",
     "older_than_35_days": "Stripe takes no usage that is older than 35 days. Carry it into the open period, settle it"
     " by an invoice item at Stripe, or void it.",
-    "cannot_be_carried": "A latest, greatest or distinct value belongs to its own period; many events of a meter that"
-    " counts would be counted as one; and a usage record of which a try was not answered may have been taken there:"
-    " look at the item's usage at Stripe. Settle it by an invoice item at Stripe, or void it.",
+    "cannot_be_carried": "It comes too late, and cannot be carried. A latest, greatest or distinct value belongs to its"
+    " own period; many events of a meter that counts would be counted as one; and a usage record of which a try was not"
+    " answered may have been taken there: look at the item's usage at Stripe. Settle it by an invoice item at Stripe,"
+    " or void it.",
     "no_open_period": "No open period of the customer bills this meter. Settle it by an invoice item at Stripe, or void"
     " it.",
 }
@@ -138,7 +139,7 @@ async def explain(connection: AsyncConnection, identifier: str, rules: Rules, no
     return _show(row) | {
         "tries": attempts,
         "happened": meaning.happened if meaning else None,
-        "remedy": meaning.remedy if meaning else None,
+        "remedy": SETTLE_OR if refused == "cannot_be_carried" else meaning.remedy if meaning else None,
         "resend": refused or "possible",
         "resend_detail": ALTERNATIVES[refused] if refused else None,
     }
@@ -159,10 +160,7 @@ async def resend(
         refused = _refusal(row, misnamed, closed, now)
         moved = ""
         if carried and refused in ("period_closed", "older_than_35_days"):
-            adds_up = row["aggregation"] == "sum" or (row["aggregation"] == "count" and row["events"] == 1)
-            if not adds_up or row["unknown_since"] is not None:
-                refused = "cannot_be_carried"
-            elif not await carry(connection, [row["id"]], rules, now):
+            if not await carry(connection, [row["id"]], rules, now):
                 refused = "no_open_period"
             else:
                 refused, moved = None, ", carried into the open period"
@@ -198,10 +196,13 @@ def _refusal(row: Mapping[Any, Any], misnamed: Collection[int], closed: Collecti
     if row["id"] in misnamed:
         return "meter_changed"
     if row["id"] in closed:
-        return "period_closed"
-    if row["timestamp"] < (now - OLDEST_TO_SEND).timestamp():
-        return "older_than_35_days"
-    return None
+        late = "period_closed"
+    elif row["timestamp"] < (now - OLDEST_TO_SEND).timestamp():
+        late = "older_than_35_days"
+    else:
+        return None
+    adds_up = row["aggregation"] == "sum" or (row["aggregation"] == "count" and row["events"] == 1)
+    return late if adds_up and row["unknown_since"] is None else "cannot_be_carried"
 
 
 def _next_identifier(identifier: str) -> str:
