@@ -195,6 +195,7 @@ async def test_a_query_that_means_something_else_is_refused(
     [
         (b'{"customer": "acme"}', {}, 415, "Send the body with the header Content-Type: application/json."),
         (b"[]", {"Content-Type": "application/json"}, 422, "It must be a JSON object."),
+        (b'{"custmer": "acme"}', {"Content-Type": "application/json"}, 422, "There is no such field."),
         (
             b'{"customer": "acme", "flow_data": {"type": "subscription_cancel"}}',
             {"Content-Type": "application/json"},

@@ -125,7 +125,7 @@ def test_rules_that_cannot_be_read_end_in_one_line_before_anything_is_served(
         cli.main()
     assert ended.value.code == 1
     [line] = capfd.readouterr().err.splitlines()
-    assert line.startswith("error: TALLYSTICK_RULES_FILE ")
+    assert line == f"error: TALLYSTICK_RULES_FILE {tmp_path / 'rules.toml'}: No such file or directory"
 
 
 @pytest.mark.usefixtures("environment")

@@ -1,6 +1,7 @@
 """`tallystick keys` as an operator uses it."""
 
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -42,9 +43,8 @@ def test_a_key_is_rolled_and_the_list_says_until_when_the_old_secret_works() -> 
     assert second != first
     shown = listed(first)
     assert (shown["limit_per_second"], shown["state"]) == (50, "valid")
-    assert shown["expires_at"]
-    assert shown["rolled_at"]
-    assert shown["old_valid_until"]
+    for name in ("created_at", "expires_at", "rolled_at", "old_valid_until"):
+        assert re.match(r"\d{4}-\d\d-\d\dT\d\d:", str(shown[name])), "RFC 3339, as wherever a program reads a time"
     people = " ".join(run("keys", "list").stdout.split())
     for word in (first.split("_")[1], "gateway", "50/s", "rolled"):
         assert word in people

@@ -199,6 +199,8 @@ def _say_plainly(problem: Mapping[str, Any]) -> str:
         return A_TIME
     if problem["type"] == "model_attributes_type":
         return "It must be a JSON object."
+    if problem["type"] == "extra_forbidden":
+        return "There is no such field."
     return str(problem["msg"]).removeprefix("Value error, ")
 
 

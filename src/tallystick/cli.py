@@ -122,8 +122,9 @@ def fake_stripe(
     """Run only the fake Stripe, to develop against without an account (see docs/fake-stripe.md)."""
     from tallystick.dev.fake_stripe.server import serve_fake_stripe
 
-    claim_port(port, "--port", host)
-    serve_fake_stripe(host, port, state, seed)
+    port = claim_port(port, "--port", host)
+    where = f"The fake Stripe is at http://{host}:{port}; Ctrl-C ends it."
+    serve_fake_stripe(host, port, state, seed, lambda: err.print(where, markup=False))
 
 
 # For the requests that were begun when a process is to stop: longer than one that waits for its commit may take (see

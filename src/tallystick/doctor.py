@@ -21,6 +21,7 @@ from tallystick.resources import Resources, open_resources
 from tallystick.rules import NotificationEndpoint, Rules, load_rules
 from tallystick.stripe_gateway import STRIPE_ERRORS
 from tallystick.stripe_limits import METER_EVENT_MAX_AGE
+from tallystick.terminal import explain_failure
 from tallystick.usage.buffer import measure_ids
 from tallystick.usage.meters import list_unfit, meter_of
 from tallystick.usage.query import find_unlinked
@@ -111,7 +112,7 @@ async def _examine_postgres(resources: Resources, clock: Callable[[], datetime])
             theirs = await connection.scalar(text("SELECT clock_timestamp()"))
             answered = clock()
     except db.STORAGE_ERRORS as error:
-        yield bad("PostgreSQL", f"{brief(error)}; is DATABASE_URL right, and the server up?")
+        yield bad("PostgreSQL", explain_failure(error).removeprefix("PostgreSQL: "))
         return
     if version < OLDEST_POSTGRES:
         yield bad("PostgreSQL", f"version {version} is too old; {OLDEST_POSTGRES} or later is needed")
@@ -142,7 +143,8 @@ async def _examine_redis(resources: Resources, clock: Callable[[], datetime]) ->
         seconds, microseconds = await resources.redis.time()
         answered = clock()
     except REDIS_ERRORS as error:
-        yield bad("Redis", f"{brief(error)}; is REDIS_URL right, and the server up? Usage goes to PostgreSQL meanwhile")
+        problem = explain_failure(error).removeprefix("Redis: ")
+        yield bad("Redis", f"{problem} (usage goes to PostgreSQL meanwhile)")
         return
     name, version = ("Valkey", info["valkey_version"]) if "valkey_version" in info else ("Redis", info["redis_version"])
     if tuple(int(part) for part in str(version).split(".")[:2]) < OLDEST_REDIS:
@@ -213,7 +215,8 @@ async def _examine_stripe(resources: Resources, clock: Callable[[], datetime], r
         if error.http_status in (401, 403):
             yield bad("Stripe", f"STRIPE_API_KEY is refused ({brief(error)}); a restricted key must read events")
         else:
-            yield bad("Stripe", f"{brief(error)}; can {resources.settings.stripe_api_base} be reached from here?")
+            problem = explain_failure(error, stripe=resources.settings.stripe_api_base)
+            yield bad("Stripe", problem.removeprefix("Stripe: "))
         return
     yield good("Stripe", f"the key works, in {mode} mode")
     yield _examine_stripes_clock(answer.headers.get("date"), asked, clock())

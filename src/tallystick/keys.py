@@ -77,7 +77,7 @@ def list_(json_: Json = False) -> None:
 
     found = with_resources(work)
     if json_:
-        out.print_json(json.dumps(found, default=str))
+        out.print_json(json.dumps(found, default=datetime.isoformat))
         return
     table = Table("id", "name", "source", "scopes", "limit", "last used", "state", box=None, pad_edge=False)
     for key in found:

@@ -238,7 +238,9 @@ def load_rules(path: Path | None) -> Rules:
         return Rules()
     try:
         return Rules.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise SettingsError(f"TALLYSTICK_RULES_FILE {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"TALLYSTICK_RULES_FILE {path}: {error}") from None
     except ValidationError as error:
         problem = error.errors(include_input=False, include_url=False)[0]

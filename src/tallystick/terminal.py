@@ -19,6 +19,7 @@ from rich.console import Console
 from tallystick.errors import SettingsError
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
     from rich.table import Table
 
     from tallystick.resources import Resources
@@ -81,6 +82,13 @@ def print_table(table: Table) -> None:
         Console(file=out.file, width=WHOLE, highlight=False, soft_wrap=True).print(table)
 
 
+def progress(*columns: ProgressColumn) -> Progress:
+    """A bar at a terminal, gone when the work is done; nothing elsewhere, where it would leave an empty line."""
+    from rich.progress import Progress
+
+    return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+
+
 def run_async(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine to its end, on the event loop that the service runs on: much quicker than Python's own."""
     import uvloop
@@ -114,11 +122,14 @@ def failures_in_one_line() -> Iterator[None]:
     try:
         yield
     except (*db.STORAGE_ERRORS, *REDIS_ERRORS, *stripe_gateway.STRIPE_ERRORS) as error:
-        fail(_explain(error))
+        fail(explain_failure(error))
 
 
-def _explain(error: Exception) -> str:
-    """One line, which repeats no password and no value of a statement's."""
+def explain_failure(error: Exception, stripe: str = "it") -> str:
+    """What a failing part said, in one line, which repeats no password and no value of a statement's.
+
+    `stripe` is how the line calls Stripe, as by its address.
+    """
     from redis.exceptions import RedisError
 
     from tallystick import db, stripe_gateway
@@ -126,7 +137,7 @@ def _explain(error: Exception) -> str:
     if isinstance(error, stripe_gateway.STRIPE_ERRORS):
         if error.http_status == 401:
             return "Stripe: STRIPE_API_KEY is refused"
-        part, hint = "Stripe", "can it be reached from here?"
+        part, hint = "Stripe", f"can {stripe} be reached from here?"
     elif isinstance(error, RedisError):
         part, hint = "Redis", "is REDIS_URL right, and the server up?"
     elif isinstance(error, db.STORAGE_ERRORS) and getattr(error, "filename", None) is None:

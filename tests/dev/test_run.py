@@ -1,11 +1,14 @@
 """`scripts/run`, and the commands beside it."""
 
 import asyncio
+import contextlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -124,7 +127,7 @@ def test_what_is_used_of_your_own_is_said_without_passwords_or_commands_that_fai
         (["run"], {"TALLYSTICK_PORT": "99999"}, "TALLYSTICK_PORT is no port from 0 to 65535: 99999"),
         (["run"], {"TALLYSTICK_FAKE_STRIPE_PORT": "x"}, "TALLYSTICK_FAKE_STRIPE_PORT is no port from 0 to 65535: x"),
         (
-            ["fake-stripe", "--state", "a_file"],
+            ["fake-stripe", "--port", "0", "--state", "a_file"],
             {},
             "a_file cannot hold the fake Stripe's state: file is not a database",
         ),
@@ -148,6 +151,28 @@ def test_what_cannot_be_started_ends_in_one_line(
     assert ended.value.code == 1
     said = capsys.readouterr().err.splitlines()
     assert (len(said), said[0].startswith("error: "), said[0].endswith(error)) == (1, True, True)
+
+
+async def test_the_fake_stripe_says_where_it_is() -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tallystick", "fake-stripe", "--port", "0"), stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        assert process.stderr is not None
+        said = (await asyncio.wait_for(process.stderr.readline(), 20)).decode()
+        found = re.fullmatch(r"The fake Stripe is at (http://127\.0\.0\.1:[1-9]\d*); Ctrl-C ends it\.\n", said)
+        assert found is not None
+
+        async def answers() -> bool:
+            with contextlib.suppress(httpx.TransportError):
+                async with httpx.AsyncClient() as client:
+                    return (await client.get(f"{found[1]}/_fake/clock")).is_success
+            return False
+
+        await wait_until(answers)
+    finally:
+        process.terminate()
+        await process.wait()
 
 
 def test_a_port_that_is_none_is_refused_by_the_fake_stripe() -> None:

@@ -109,6 +109,25 @@ def test_sync_counts_what_it_read(call: Call) -> None:
     assert json.loads(run("sync", "--all-invoices", "--json").stdout)["objects"]["invoices"] == 0
 
 
+@pytest.mark.parametrize(
+    "command", [["recover"], ["sync"], ["sync", "--check"], ["access", "recompute"], ["reconcile", "--stripe"]]
+)
+def test_a_command_in_a_pipe_leaves_nothing_of_its_progress_bar(command: list[str], call: Call) -> None:
+    run("sync")
+    done = run(*command)
+    assert (done.exit_code, done.stderr) == (0, "")
+
+
+def test_a_sync_that_stripe_refuses_at_once_is_not_one_to_go_on_with(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("sync").exit_code == 0
+    with monkeypatch.context() as wrong:
+        wrong.setenv("STRIPE_API_KEY", "s3cret")
+        assert run("sync").exit_code == 1
+    assert "sync" not in [each["part"] for each in json.loads(run("doctor", "--json").stdout)]
+
+
 def test_check_exits_with_1_until_it_has_repaired(call: Call, settings: Settings) -> None:
     run("sync")
     assert run("sync", "--check").exit_code == 0

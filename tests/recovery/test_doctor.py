@@ -160,9 +160,9 @@ async def test_a_wrong_rules_file_is_named_and_hides_nothing_else(
 @pytest.mark.parametrize(
     ("name", "value", "part", "word"),
     [
-        ("DATABASE_URL", "postgresql://127.0.0.1:1/none", "PostgreSQL", "DATABASE_URL"),
-        ("REDIS_URL", "redis://127.0.0.1:1/0", "Redis", "REDIS_URL"),
-        ("STRIPE_API_BASE", "http://127.0.0.1:1", "Stripe", "reached"),
+        ("DATABASE_URL", "postgresql://127.0.0.1:1/none", "PostgreSQL", "connection refused; is DATABASE_URL right"),
+        ("REDIS_URL", "redis://127.0.0.1:1/0", "Redis", "connection refused; is REDIS_URL right"),
+        ("STRIPE_API_BASE", "http://127.0.0.1:1", "Stripe", "connection refused; can http://127.0.0.1:1 be reached"),
         ("STRIPE_API_KEY", "wrong", "Stripe", "STRIPE_API_KEY"),
     ],
 )

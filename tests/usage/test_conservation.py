@@ -67,6 +67,9 @@ async def test_a_slice_of_nobody_is_not_found(client: httpx.AsyncClient, resourc
         assert (answer.status_code, answer.json()["type"]) == (404, f"urn:tallystick:problem:unknown-{kind}")
     of_a_new_customer = await client.get("/v1/usage/conservation", params={"customer": REF, "meter": METER})
     assert of_a_new_customer.json()["holds"]
+    backwards = {"from": "2026-02-01T00:00:00Z", "to": "2026-01-01T00:00:00Z"}
+    refused = await client.get("/v1/usage/conservation", params=backwards)
+    assert (refused.status_code, refused.json()["field"]) == (422, "to")
 
 
 @pytest.mark.parametrize(

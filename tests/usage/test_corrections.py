@@ -441,6 +441,8 @@ async def test_a_refused_proposal_changes_nothing_and_the_event_can_be_corrected
     await adjust(client, "c1", "4")
     listed = await command("list", "--json")
     assert [(row["id"], row["customer"], row["delta"]) for row in json.loads(listed)] == [("c1", "acme", "-6")]
+    (row,) = json.loads(listed)
+    assert (row["timestamp"][-1], row["requested_at"][-1]) == ("Z", "Z")
     assert "in_1" in await command("list")
     for decision in ("settle", "refuse"):
         refused = await asyncio.to_thread(

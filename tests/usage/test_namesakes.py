@@ -14,7 +14,7 @@ from tallystick.usage.delivery import deliver, deliver_all
 from tallystick.usage.late import UNKNOWN_FOR_AT_MOST
 from tallystick.usage.ledger import record_events
 from tallystick.usage.meters import refresh_meters
-from tallystick.usage.parked import resend
+from tallystick.usage.parked import explain, resend
 from tallystick.usage.reconciliation import reconcile_sent
 from tallystick.usage.sealing import seal_everything
 from tests.conftest import SOURCE, FakeStripe
@@ -113,14 +113,19 @@ async def test_a_sum_is_not_told_to_a_meter_that_counts(
 
     parked = [str(row[0]) for row in await read_all(resources, "SELECT identifier FROM usage_deliveries")]
     rules = resources.rules.current(now)
-    async with db.transaction(resources.engine) as connection:
-        await resend(connection, parked, rules, now, by="a test", carried=False)
+    for carried in (False, True):
+        async with db.transaction(resources.engine) as connection:
+            decisions = await resend(connection, parked, rules, now, by="a test", carried=carried)
+            told = [await explain(connection, identifier, rules, now) for identifier in parked]
+        assert sorted(str(each.refused) for each in decisions) == ["meter_changed", "outcome_unknown"]
+        assert sorted(each["resend"] for each in told if each) == ["meter_changed", "outcome_unknown"]
     await deliver_all(resources, now + timedelta(seconds=10))
-    assert len(await taken_by_stripe(fake_stripe)) == 1, "resending changes nothing while the name is the new meter's"
+    assert len(await taken_by_stripe(fake_stripe)) == 1, "the name is the new meter's still"
     for formula in ("sum", "sum"):
         await make_anew(fake_stripe, resources, formula)
     async with db.transaction(resources.engine) as connection:
-        await resend(connection, parked, rules, now, by="a test", carried=False)
+        decisions = await resend(connection, parked, rules, now, by="a test", carried=False)
+    assert sorted(str(each.refused) for each in decisions) == ["None", "outcome_unknown"]
     assert await seal_everything(resources, now) == 1
     await deliver_all(resources, now + timedelta(seconds=15))
     states = "SELECT DISTINCT state FROM usage_deliveries WHERE reason IS DISTINCT FROM 'outcome_unknown'"

@@ -131,7 +131,14 @@ async def test_what_is_too_late_is_refused_with_the_alternatives_or_carried(
     assert await send_again(resources, second) == [Decision(second, "period_closed")]
     assert "invoice item" in ALTERNATIVES["period_closed"]
     await run(resources, "UPDATE usage_deliveries SET aggregation = 'max' WHERE value = 3")
-    assert await send_again(resources, third, carried=True) == [Decision(third, "cannot_be_carried")]
+    await run(resources, "UPDATE meters SET formula = 'last'")
+    for carried in (False, True):
+        assert await send_again(resources, third, carried=carried) == [Decision(third, "cannot_be_carried")]
+    async with db.transaction(resources.engine) as connection:
+        told = await explain(connection, third, resources.rules.current(datetime.now(UTC)), datetime.now(UTC))
+    assert told is not None
+    assert (told["resend"], "carry" in told["remedy"]) == ("cannot_be_carried", False)
+    await run(resources, "UPDATE meters SET formula = 'sum'")
     now = datetime.now(UTC)
     assert await send_again(resources, second, carried=True) == [Decision(second, sent_as=second)]
     await deliver_all(resources, datetime.now(UTC))
@@ -295,6 +302,7 @@ async def test_parked_usage_on_the_command_line(resources: Resources, fake_strip
     await deliver_all(resources, datetime.now(UTC))
     _, second, third = await identifiers(resources)
     assert second in (await parked("list", "--customer", "acme")).stdout
+    assert (await parked("list", "--reason", "period_close")).stdout == "Nothing of this is parked.\n"
     listed = json.loads((await parked("list", "--json")).stdout)
     assert [row["quantity"] for row in listed] == ["3", "2"]
     rows = (await parked("list")).stdout.splitlines()

@@ -92,6 +92,18 @@ async def test_what_stripe_says_when_it_refuses_is_told(resources: Resources, fa
 
 
 @pytest.mark.usefixtures("environment")
+async def test_a_stripe_that_is_away_is_told_without_names_of_code(
+    resources: Resources, fake_stripe: FakeStripe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    customer = await make_deliveries(resources, fake_stripe, "5")
+    await deliver(resources)
+    monkeypatch.setenv("STRIPE_API_BASE", "http://127.0.0.1:1")
+    failed = await tallystick("reconcile", "--stripe")
+    away = "Stripe: connection refused; can it be reached from here?"
+    assert (failed.exit_code, failed.stderr) == (1, f"not compared: {customer} {METER}: {away}\n")
+
+
+@pytest.mark.usefixtures("environment")
 async def test_usage_of_nobody_is_an_error_and_that_of_a_new_customer_is_not(resources: Resources) -> None:
     await make_customer(resources)
     await make_meter(resources)
@@ -106,6 +118,9 @@ async def test_usage_of_nobody_is_an_error_and_that_of_a_new_customer_is_not(res
 async def test_a_time_that_is_none_is_named() -> None:
     refused = await tallystick("reconcile", "--from", "yesterday")
     assert (refused.exit_code, "--from is no time" in refused.stderr) == (1, True)
+    # Of a time without hours nothing is missing; it must not look as if everything were well.
+    refused = await tallystick("reconcile", "--from", "2026-02-01", "--to", "2026-01-01")
+    assert (refused.exit_code, refused.stdout, refused.stderr) == (1, "", "error: --to must lie after --from\n")
 
 
 @pytest.mark.usefixtures("environment")

@@ -5,9 +5,9 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from tallystick.terminal import Json, err, out, with_resources
+from tallystick.terminal import Json, out, progress, with_resources
 
 if TYPE_CHECKING:
     from tallystick.access.upkeep import Recomputed
@@ -27,10 +27,10 @@ def recompute(json_: Json = False) -> None:
         from tallystick.access.upkeep import count_customers, recompute_everybody
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=err, transient=True) as progress:
-            task = progress.add_task("customers", total=await count_customers(resources))
+        with progress(*columns) as bar:
+            task = bar.add_task("customers", total=await count_customers(resources))
             return await recompute_everybody(
-                resources, datetime.now(UTC), lambda done: progress.update(task, completed=done)
+                resources, datetime.now(UTC), lambda done: bar.update(task, completed=done)
             )
 
     done = with_resources(work)

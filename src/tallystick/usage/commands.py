@@ -48,7 +48,8 @@ def list_(
         out.print_json(json.dumps(found, default=_instant))
         return
     if not found:
-        out.print("Nothing is parked.")
+        narrowed = any(given is not None for given in (reason, customer, meter))
+        out.print("Nothing of this is parked." if narrowed else "Nothing is parked.")
         return
     table = Table("id", "customer", "meter", "quantity", "of", "reason", box=None, pad_edge=False)
     for row in found:

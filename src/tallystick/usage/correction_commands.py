@@ -58,7 +58,7 @@ def list_(
             | {
                 "customer": row.customer_ref,
                 "meter": row.meter,
-                "timestamp": row.timestamp and row.timestamp.astimezone(UTC).isoformat(),
+                "timestamp": row.timestamp and row.timestamp.astimezone(UTC).isoformat().replace("+00:00", "Z"),
             }
             for row in rows
         ]

@@ -68,6 +68,8 @@ _HAS_ANOTHER_METER = """
              ORDER BY m.refreshed_at DESC, m.id LIMIT 1)
 """
 
+FIND_MISNAMED = text(f"SELECT d.id FROM usage_deliveries d WHERE d.id = ANY(:ids) AND {_HAS_ANOTHER_METER}")  # noqa: S608
+
 # What was tried is left as it is: its bytes never change, and an earlier try may have been taken. Usage records are set
 # and not added: saying one again is harmless however long ago the first try was.
 FIND_UNFIT = text(f"""
@@ -187,6 +189,13 @@ async def find_closed(connection: AsyncConnection, ids: Collection[int], rules: 
         return set()
     found = await connection.execute(FIND_CLOSED, {"ids": sorted(ids), "prices": prices_of(rules)})
     return set(found.scalars())
+
+
+async def find_misnamed(connection: AsyncConnection, ids: Collection[int]) -> set[int]:
+    """Those of the deliveries whose meter's name another meter has by now, with another formula."""
+    if not ids:
+        return set()
+    return set((await connection.execute(FIND_MISNAMED, {"ids": sorted(ids)})).scalars())
 
 
 async def carry(connection: AsyncConnection, ids: Collection[int], rules: Rules, now: datetime) -> set[int]:

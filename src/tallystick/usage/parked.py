@@ -7,6 +7,7 @@ Nothing is sent again that Stripe would refuse, or that could be billed twice:
     reported afterwards   under a new identifier: Stripe took the old one and billed nothing, and would only answer
                           "already exists" for a day
     too late, too old     only when it is carried into the open period
+    meter changed         only once a meter with the old formula has the name again; else it would be parked again
 
 Each decision is one of the delivery's tries, with who made it and when, so the trace shows it.
 """
@@ -23,8 +24,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tallystick.rules import Rules
 from tallystick.usage.events import plain
-from tallystick.usage.late import carry, find_closed
-from tallystick.usage.parking import explain_reason
+from tallystick.usage.late import carry, find_closed, find_misnamed
+from tallystick.usage.parking import SETTLE_OR, explain_reason
 from tallystick.usage.parts import OLDEST_TO_SEND
 
 _COLUMNS = """
@@ -80,13 +81,16 @@ ALTERNATIVES = {
     " invoice item at Stripe, or void it.",
     "outcome_unknown": "Stripe may have taken it: its summaries decide, and `tallystick reconcile --stripe` asks them"
     " now. What they do not show is sent again by itself.",
+    "meter_changed": "Another meter with another formula has the name. Give the name back to a meter with the old"
+    " formula first, settle it by an invoice item at Stripe, or void it.",
     "period_closed": "The invoice that would have billed it is final. Carry it into the open period, settle it by an"
     " invoice item at Stripe, or void it.",
     "older_than_35_days": "Stripe takes no usage that is older than 35 days. Carry it into the open period, settle it"
     " by an invoice item at Stripe, or void it.",
-    "cannot_be_carried": "A latest, greatest or distinct value belongs to its own period; many events of a meter that"
-    " counts would be counted as one; and a usage record of which a try was not answered may have been taken there:"
-    " look at the item's usage at Stripe. Settle it by an invoice item at Stripe, or void it.",
+    "cannot_be_carried": "It comes too late, and cannot be carried. A latest, greatest or distinct value belongs to its"
+    " own period; many events of a meter that counts would be counted as one; and a usage record of which a try was not"
+    " answered may have been taken there: look at the item's usage at Stripe. Settle it by an invoice item at Stripe,"
+    " or void it.",
     "no_open_period": "No open period of the customer bills this meter. Settle it by an invoice item at Stripe, or void"
     " it.",
 }
@@ -130,12 +134,12 @@ async def explain(connection: AsyncConnection, identifier: str, rules: Rules, no
         return None
     attempts = [dict(each) for each in (await connection.execute(FIND_ATTEMPTS, {"id": row["id"]})).mappings()]
     closed = await find_closed(connection, [row["id"]], rules)
-    refused = _refusal(row, closed, now)
+    refused = _refusal(row, await find_misnamed(connection, [row["id"]]), closed, now)
     meaning = explain_reason(row["reason"]) if row["state"] == "parked" else None
     return _show(row) | {
         "tries": attempts,
         "happened": meaning.happened if meaning else None,
-        "remedy": meaning.remedy if meaning else None,
+        "remedy": SETTLE_OR if refused == "cannot_be_carried" else meaning.remedy if meaning else None,
         "resend": refused or "possible",
         "resend_detail": ALTERNATIVES[refused] if refused else None,
     }
@@ -150,16 +154,13 @@ async def resend(
     """
     rows = (await connection.execute(LOCK, {"identifiers": sorted(identifiers)})).mappings().all()
     parked = [row["id"] for row in rows if row["state"] == "parked"]
-    closed = await find_closed(connection, parked, rules)
+    misnamed, closed = await find_misnamed(connection, parked), await find_closed(connection, parked, rules)
     decisions, written = [], []
     for row in rows:
-        refused = _refusal(row, closed, now)
+        refused = _refusal(row, misnamed, closed, now)
         moved = ""
         if carried and refused in ("period_closed", "older_than_35_days"):
-            adds_up = row["aggregation"] == "sum" or (row["aggregation"] == "count" and row["events"] == 1)
-            if not adds_up or row["unknown_since"] is not None:
-                refused = "cannot_be_carried"
-            elif not await carry(connection, [row["id"]], rules, now):
+            if not await carry(connection, [row["id"]], rules, now):
                 refused = "no_open_period"
             else:
                 refused, moved = None, ", carried into the open period"
@@ -187,16 +188,21 @@ async def void(
     return [Decision(row["identifier"], None if row["state"] == "parked" else "not_parked") for row in rows]
 
 
-def _refusal(row: Mapping[Any, Any], closed: Collection[int], now: datetime) -> str | None:
+def _refusal(row: Mapping[Any, Any], misnamed: Collection[int], closed: Collection[int], now: datetime) -> str | None:
     if row["state"] != "parked":
         return "not_parked"
     if row["reason"] in ("outcome_unknown", "no_second_left"):
         return str(row["reason"])
+    if row["id"] in misnamed:
+        return "meter_changed"
     if row["id"] in closed:
-        return "period_closed"
-    if row["timestamp"] < (now - OLDEST_TO_SEND).timestamp():
-        return "older_than_35_days"
-    return None
+        late = "period_closed"
+    elif row["timestamp"] < (now - OLDEST_TO_SEND).timestamp():
+        late = "older_than_35_days"
+    else:
+        return None
+    adds_up = row["aggregation"] == "sum" or (row["aggregation"] == "count" and row["events"] == 1)
+    return late if adds_up and row["unknown_since"] is None else "cannot_be_carried"
 
 
 def _next_identifier(identifier: str) -> str:

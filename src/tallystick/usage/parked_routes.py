@@ -107,7 +107,7 @@ async def post_resend(
 ) -> Decided:
     """Send a parked delivery again. Needs the scope `admin`.
 
-    409 with one of the types `not-parked`, `outcome-unknown`, `no-second-left`, `period-closed`,
+    409 with one of the types `not-parked`, `outcome-unknown`, `no-second-left`, `meter-changed`, `period-closed`,
     `older-than-35-days`, `cannot-be-carried` and `no-open-period` when Stripe would refuse it or could bill it twice;
     `detail` names the alternatives.
     """

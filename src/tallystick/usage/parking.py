@@ -16,7 +16,8 @@ class Reason(NamedTuple):
     remedy: str
 
 
-CARRY_OR = "carry it into the open period (`resend --carry`), settle it by an invoice item at Stripe, or void it"
+SETTLE_OR = "settle it by an invoice item at Stripe, or void it"
+CARRY_OR = f"carry it into the open period (`resend --carry`), {SETTLE_OR}"
 
 # Our own reasons, and Stripe's codes that are known; docs/deliveries.md has the same table.
 PARKED: Mapping[str, Reason] = {

@@ -10,10 +10,10 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tallystick.terminal import Json, err, fail, out, print_table, with_resources
+from tallystick.terminal import Json, err, explain_failure, fail, out, print_table, progress, with_resources
 
 if TYPE_CHECKING:
     from tallystick.resources import Resources
@@ -81,6 +81,8 @@ def reconcile(
     or voided. Exit code 1 if a number is missing, or if Stripe's differs.
     """
     start, end = _read_time(from_, "--from"), _read_time(to, "--to")
+    if start is not None and end is not None and not start < end:
+        fail("--to must lie after --from")
 
     async def work(resources: "Resources") -> Report:
         from tallystick import db
@@ -174,18 +176,20 @@ async def _ask_stripe(resources: "Resources", wanted: Mapping[str, Any]) -> tupl
         pairs = await find_pairs(connection, wanted)
     not_asked = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task("asking Stripe", total=len(pairs))
+    with progress(*columns) as bar:
+        task = bar.add_task("asking Stripe", total=len(pairs))
         for pair in pairs:
             try:
                 compared = await compare_now(resources, pair, datetime.now(UTC))
                 problem = None if compared else "Stripe has no such meter"
             except STRIPE_ERRORS as error:
-                answered = f"Stripe answered {error.http_status}" if error.http_status else type(error).__name__
-                problem = f"{answered}: {str(error).partition(chr(10))[0]}"
+                if error.http_status:
+                    problem = f"Stripe answered {error.http_status}: {str(error).partition(chr(10))[0]}"
+                else:
+                    problem = explain_failure(error)
             if problem:
                 not_asked.append(f"{pair.customer} {pair.event_name}: {problem}")
-            progress.advance(task)
+            bar.advance(task)
     return len(pairs) - len(not_asked), not_asked
 
 

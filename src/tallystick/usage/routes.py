@@ -207,11 +207,13 @@ async def get_conservation(
     A slice begins, at the earliest, with the oldest day whose single events are kept; `from` in the answer says it.
     """
     resources: Resources = request.app.state.resources
+    begin, end = _utc(from_, "from"), _utc(to, "to")
+    if begin is not None and end is not None and not begin < end:
+        raise InvalidRequest("It must lie after 'from'.", field="to")
     async with db.transaction(resources.engine) as connection:
         refs = (await find_refs(connection, customer))[1] if customer is not None else None
         first = await find_first_day(connection)
-        start = max((at for at in (_utc(from_, "from"), first) if at is not None), default=None)
-        end = _utc(to, "to")
+        start = max((at for at in (begin, first) if at is not None), default=None)
         parts = await count_slices(connection, Slice(refs, meter, start, end), SLICE_PATIENCE)
         if not parts:  # a name that is misspelt must not look as if everything were well
             rules = resources.rules.current(datetime.now(UTC))

@@ -9,10 +9,10 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tallystick.terminal import Json, err, fail, out, print_table, with_resources
+from tallystick.terminal import Json, err, fail, out, print_table, progress, with_resources
 
 if TYPE_CHECKING:
     from tallystick.resources import Resources
@@ -40,9 +40,7 @@ def recover(json_: Json = False) -> None:
     async def work(resources: "Resources") -> "tuple[Run, RecoveryState]":
         from tallystick.webhooks.recovery import read_recovery, recover
 
-        with Progress(
-            TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=err, transient=True
-        ) as bar:
+        with progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()) as bar:
             task = bar.add_task("reading Stripe's events", total=1)
 
             def report(run: "Run") -> None:
@@ -168,7 +166,7 @@ def _check(sample: int | None, *, all_invoices: bool, repair: bool, json_: bool)
 
     checked = with_resources(work)
     if json_:
-        out.print_json(json.dumps(checked.as_json(), default=str))
+        out.print_json(json.dumps(checked.as_json(), default=_for_programs))
     else:
         table = Table("kind", "id", "field", "here", "at Stripe", "", box=None, pad_edge=False)
         for drift in checked.drift:
@@ -213,7 +211,7 @@ def setup(
 def _counting(what: str, total: int | None) -> Iterator[Callable[[str, int], None]]:
     """A bar for each list; without a total it only moves, since Stripe does not say how long its lists are."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=err, transient=True) as bar:
+    with progress(*columns, TimeElapsedColumn()) as bar:
         tasks: dict[str, TaskID] = {}
 
         def count(name: str, objects: int) -> None:
@@ -224,6 +222,10 @@ def _counting(what: str, total: int | None) -> Iterator[Callable[[str, int], Non
             bar.update(tasks[name], completed=objects)
 
         yield count
+
+
+def _for_programs(value: object) -> str:
+    return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
 def _shown(value: object) -> str:

@@ -118,10 +118,10 @@ async def sync_mirror(
     `report(list, objects)` is called after each page. Safe beside webhooks and beside another sync. Raises Stripe's
     and SQLAlchemy's errors; then the next run goes on after the last page.
     """
-    started_at, resumed = await _resume_or_begin(resources, now, all_invoices=all_invoices, restart=restart)
     reader = Reader(resources)
-    # Read before everything else: see above.
+    # Read before everything else: see above. And a run that Stripe refuses at once was not begun.
     known_until = await read_known_until(reader)
+    started_at, resumed = await _resume_or_begin(resources, now, all_invoices=all_invoices, restart=restart)
     done: dict[str, int] = {}
     async with db.transaction(resources.engine) as connection:
         progress = {row.name: row for row in await connection.execute(READ_LISTS)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
@@ -22,14 +23,17 @@ class StateError(TallystickError):
     """The file cannot hold the state; the text says why."""
 
 
-def serve_fake_stripe(host: str, port: int, state_path: Path | None, seed: int) -> None:
-    """Serves until SIGINT (returns) or SIGTERM (ends by it), saving first.
+def serve_fake_stripe(
+    host: str, port: int, state_path: Path | None, seed: int, announce: Callable[[], None] = lambda: None
+) -> None:
+    """Serves until SIGINT (returns) or SIGTERM (ends by it), saving first; `announce` is called before.
 
     Raises `StateError` for a file that is none of its own, and SystemExit when the port is taken.
     """
     if state_path is not None:
         _try_state(state_path)
     app = create_fake_stripe(state_path, seed)
+    announce()
     uvicorn.run(
         app,
         host=host,
