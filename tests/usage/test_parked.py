@@ -136,8 +136,10 @@ async def test_what_is_too_late_is_refused_with_the_alternatives_or_carried(
         assert await send_again(resources, third, carried=carried) == [Decision(third, "cannot_be_carried")]
     async with db.transaction(resources.engine) as connection:
         told = await explain(connection, third, resources.rules.current(datetime.now(UTC)), datetime.now(UTC))
+        listed = await list_parked(connection, limit=10)
     assert told is not None
     assert (told["resend"], "carry" in told["remedy"]) == ("cannot_be_carried", False)
+    assert {each["quantity"]: "carry" in each["remedy"] for each in listed} == {"2": True, "3": False, "4": True}
     await run(resources, "UPDATE meters SET formula = 'sum'")
     now = datetime.now(UTC)
     assert await send_again(resources, second, carried=True) == [Decision(second, sent_as=second)]

@@ -25,7 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tallystick.rules import Rules
 from tallystick.usage.events import plain
 from tallystick.usage.late import carry, find_closed, find_misnamed
-from tallystick.usage.parking import SETTLE_OR, explain_reason
+from tallystick.usage.parking import CARRY_OR, SETTLE_OR, explain_reason
 from tallystick.usage.parts import OLDEST_TO_SEND
 
 _COLUMNS = """
@@ -124,7 +124,7 @@ async def list_parked(
     `after` is the `number` of the last one of the page before.
     """
     wanted = {"reason": reason, "customer": customer, "meter": meter, "after": after, "limit": limit}
-    return [_show(row) for row in (await connection.execute(LIST, wanted)).mappings()]
+    return [_show(row) | _explain(row) for row in (await connection.execute(LIST, wanted)).mappings()]
 
 
 async def explain(connection: AsyncConnection, identifier: str, rules: Rules, now: datetime) -> dict[str, Any] | None:
@@ -135,14 +135,18 @@ async def explain(connection: AsyncConnection, identifier: str, rules: Rules, no
     attempts = [dict(each) for each in (await connection.execute(FIND_ATTEMPTS, {"id": row["id"]})).mappings()]
     closed = await find_closed(connection, [row["id"]], rules)
     refused = _refusal(row, await find_misnamed(connection, [row["id"]]), closed, now)
-    meaning = explain_reason(row["reason"]) if row["state"] == "parked" else None
-    return _show(row) | {
-        "tries": attempts,
-        "happened": meaning.happened if meaning else None,
-        "remedy": SETTLE_OR if refused == "cannot_be_carried" else meaning.remedy if meaning else None,
-        "resend": refused or "possible",
-        "resend_detail": ALTERNATIVES[refused] if refused else None,
-    }
+    explained = _explain(row) if row["state"] == "parked" else dict.fromkeys(("happened", "remedy"))
+    if refused == "cannot_be_carried":
+        explained |= {"remedy": SETTLE_OR}
+    return (
+        _show(row)
+        | explained
+        | {
+            "tries": attempts,
+            "resend": refused or "possible",
+            "resend_detail": ALTERNATIVES[refused] if refused else None,
+        }
+    )
 
 
 async def resend(
@@ -201,8 +205,18 @@ def _refusal(row: Mapping[Any, Any], misnamed: Collection[int], closed: Collecti
         late = "older_than_35_days"
     else:
         return None
+    return late if _can_be_carried(row) else "cannot_be_carried"
+
+
+def _can_be_carried(row: Mapping[Any, Any]) -> bool:
+    """Only what adds up may be billed in another period than its own, and nothing that Stripe may have taken there."""
     adds_up = row["aggregation"] == "sum" or (row["aggregation"] == "count" and row["events"] == 1)
-    return late if adds_up and row["unknown_since"] is None else "cannot_be_carried"
+    return adds_up and row["unknown_since"] is None
+
+
+def _explain(row: Mapping[Any, Any]) -> dict[str, str | None]:
+    happened, remedy = explain_reason(row["reason"])
+    return {"happened": happened, "remedy": SETTLE_OR if remedy == CARRY_OR and not _can_be_carried(row) else remedy}
 
 
 def _next_identifier(identifier: str) -> str:

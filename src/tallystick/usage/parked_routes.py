@@ -13,7 +13,6 @@ from tallystick.errors import NotFound, Problem
 from tallystick.resources import Resources
 from tallystick.rules import PLAIN_TEXT
 from tallystick.usage.parked import ALTERNATIVES, Decision, list_parked, resend, void
-from tallystick.usage.parking import explain_reason
 from tallystick.usage.query import find_refs
 
 router = APIRouter(dependencies=[bearer], tags=["usage"])
@@ -94,7 +93,7 @@ async def get_parked(
         rows = await list_parked(
             connection, reason=reason, customer=known or customer, meter=meter, after=after, limit=limit
         )
-    data = [Parked(**row, **explain_reason(row["reason"])._asdict()) for row in rows]
+    data = [Parked(**row) for row in rows]
     return ParkedPage(data=data, next=data[-1].number if len(data) == limit else None)
 
 
