@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -132,7 +132,10 @@ class Told:
     access: dict[str, dict[str, Any]]
 
     async def receive(self, request: Request) -> Response:
-        body = json.loads(await request.body())
+        try:
+            body = json.loads(await request.body())
+        except ClientDisconnect:  # killed in the middle of telling; it tells it again
+            return Response(status_code=400)
         if body["type"] == "access.changed":
             self.access[body["data"]["customer"]] = body["data"]
         return Response(status_code=204)
