@@ -27,6 +27,7 @@ from tallystick.auth import SCOPES, create_key
 from tallystick.config import Settings
 from tallystick.dev.embedded import EmbeddedPostgres, EmbeddedValkey
 from tallystick.dev.fake_stripe.app import create_fake_stripe
+from tallystick.dev.server_process import is_alive
 from tallystick.resources import Resources, open_resources
 from tallystick.rules import RulesFile
 from tallystick.stripe_gateway import MeterEventSession
@@ -38,23 +39,28 @@ SOURCE = "tests"
 
 
 OWN_FOLDER = pytest.StashKey[Path]()
+OWN_FOLDERS = "tallystick-tests-"
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Give each run of root's a folder of its own.
+    """Give each run of root's a folder of its own, and delete those of runs that have ended.
 
     Root's servers run as somebody else, who may pass through pytest's common folder until the next run of pytest closes
     it: PostgreSQL ends at its next checkpoint then.
     """
-    if os.geteuid() == 0 and not config.option.basetemp and not hasattr(config, "workerinput"):
-        config.stash[OWN_FOLDER] = Path(tempfile.mkdtemp(prefix="tallystick-tests-"))
-        config.option.basetemp = str(config.stash[OWN_FOLDER] / "run")
+    if os.geteuid() != 0 or config.option.basetemp or hasattr(config, "workerinput"):
+        return
+    for left in Path(tempfile.gettempdir()).glob(f"{OWN_FOLDERS}[0-9]*-*"):
+        if not is_alive(int(left.name.removeprefix(OWN_FOLDERS).partition("-")[0])):
+            shutil.rmtree(left, ignore_errors=True)
+    config.stash[OWN_FOLDER] = Path(tempfile.mkdtemp(prefix=f"{OWN_FOLDERS}{os.getpid()}-"))
+    config.option.basetemp = str(config.stash[OWN_FOLDER] / "run")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Delete that folder; after a failure it is kept, as pytest's own would be."""
+    """Delete that folder; after a failure it is kept until the next run."""
     folder = session.config.stash.get(OWN_FOLDER, None)
     if folder is not None and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         shutil.rmtree(folder, ignore_errors=True)
