@@ -3,7 +3,7 @@
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -38,6 +38,10 @@ MAX_PREPARED_BYTES = 64 * 1024
 
 # A network that drops connections without a word, as firewalls do with idle ones, takes longer than this.
 TRUSTED_FOR_SECONDS = 30
+
+# What is past a retention is deleted in transactions of well below a second, and up to a million rows a run.
+ROWS_PER_DELETE = 5_000
+DELETES_PER_RUN = 200
 
 
 def create_engine(settings: Settings, *, application_name: str) -> AsyncEngine:
@@ -297,6 +301,22 @@ async def fetch_patiently(
     except asyncpg.PostgresError as error:
         raise ConnectionError(f"PostgreSQL could not do it: {type(error).__name__}") from error
     return rows
+
+
+async def delete_old(engine: AsyncEngine, statement: TextClause, oldest: datetime) -> int:
+    """Run a statement that deletes up to `:limit` rows older than `:oldest`, a transaction each time; how many rows.
+
+    Until there are none left, or for some hundred times: the rest is for the next run.
+    """
+    deleted = 0
+    for _ in range(DELETES_PER_RUN):
+        async with transaction(engine) as connection:
+            rows = (await connection.execute(statement, {"oldest": oldest, "limit": ROWS_PER_DELETE})).rowcount
+        # Died here: the next run deletes the rest.
+        deleted += rows
+        if rows < ROWS_PER_DELETE:
+            break
+    return deleted
 
 
 def to_columns(names: Sequence[str], rows: Sequence[tuple[object, ...]]) -> dict[str, list[object]]:

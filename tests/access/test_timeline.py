@@ -8,7 +8,6 @@ import pytest
 from fastapi import FastAPI
 
 from tallystick import db
-from tallystick.access import timeline
 from tallystick.access.timeline import Line, forget_timeline, write_timeline
 from tallystick.resources import Resources
 from tallystick.rules import AccessRules
@@ -229,7 +228,7 @@ async def test_what_was_fetched_from_stripe_is_told_as_such(
 
 
 async def test_old_lines_are_forgotten_in_batches(resources: Resources, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timeline, "LINES_PER_DELETE", 4)
+    monkeypatch.setattr(db, "ROWS_PER_DELETE", 4)
     now = datetime.now(UTC)
     kept = timedelta(days=resources.settings.timeline_retention_days)
     async with db.transaction(resources.engine) as connection:

@@ -8,7 +8,6 @@ from sqlalchemy import text
 
 from tallystick import db
 from tallystick.resources import Resources
-from tallystick.webhooks import retention
 from tallystick.webhooks.retention import forget_events
 from tests.webhooks.stripe_events import customer, deliver, event, read, read_access, subscription
 
@@ -28,7 +27,7 @@ def kept(resources: Resources) -> timedelta:
 async def test_old_events_are_forgotten_in_batches(
     resources: Resources, kept: timedelta, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retention, "EVENTS_PER_DELETE", 4)
+    monkeypatch.setattr(db, "ROWS_PER_DELETE", 4)
     now = datetime.now(UTC)
     for name, age, number in (("old", kept + DAY, 10), ("new", kept - DAY, 2)):
         await change(

@@ -21,9 +21,6 @@ from tallystick.resources import Resources
 What = Literal["subscription", "invoice", "payment_failed", "access", "link"]
 Cause = Literal["event", "refresh", "grace", "rules", "link"]
 
-LINES_PER_DELETE = 5_000
-DELETES_PER_RUN = 200
-
 # The ids of a customer's lines rise with time, because whoever writes one holds the customer's lock.
 WRITE_LINES = text("""
     INSERT INTO customer_timeline (customer, at, what, object_id, old, new, reason, cause, event)
@@ -105,11 +102,4 @@ async def write_timeline(connection: db.Connection, lines: Sequence[Line], now: 
 async def forget_timeline(resources: Resources, now: datetime) -> int:
     """Drop the lines that are past the retention, some thousand a transaction; how many."""
     oldest = now - timedelta(days=resources.settings.timeline_retention_days)
-    forgotten = 0
-    for _ in range(DELETES_PER_RUN):
-        async with db.transaction(resources.engine) as connection:
-            deleted = await connection.execute(DELETE_OLD_LINES, {"oldest": oldest, "limit": LINES_PER_DELETE})
-        forgotten += deleted.rowcount
-        if deleted.rowcount < LINES_PER_DELETE:
-            break
-    return forgotten
+    return await db.delete_old(resources.engine, DELETE_OLD_LINES, oldest)

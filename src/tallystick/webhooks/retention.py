@@ -11,9 +11,6 @@ from sqlalchemy import text
 from tallystick import db
 from tallystick.resources import Resources
 
-EVENTS_PER_DELETE = 5_000
-DELETES_PER_RUN = 200
-
 # Those in quarantine are few, and wait for an operator.
 DELETE_OLD_EVENTS = text("""
     DELETE FROM stripe_events
@@ -26,12 +23,4 @@ DELETE_OLD_EVENTS = text("""
 async def forget_events(resources: Resources, now: datetime) -> int:
     """Drop the records that are past the retention, some thousand a transaction; how many."""
     oldest = now - timedelta(days=resources.settings.event_retention_days)
-    forgotten = 0
-    for _ in range(DELETES_PER_RUN):
-        async with db.transaction(resources.engine) as connection:
-            deleted = await connection.execute(DELETE_OLD_EVENTS, {"oldest": oldest, "limit": EVENTS_PER_DELETE})
-        # Died here: the next run drops the rest.
-        forgotten += deleted.rowcount
-        if deleted.rowcount < EVENTS_PER_DELETE:
-            break
-    return forgotten
+    return await db.delete_old(resources.engine, DELETE_OLD_EVENTS, oldest)
